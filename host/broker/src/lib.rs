@@ -1,0 +1,26 @@
+//! Queues, results and keys between roles, and their wire formats.
+//!
+//! Rollout publishes a [`TeacherRequest`] for every completion; a teacher takes it, scores it and completes it with a
+//! [`TeacherResult`]; the trainer fetches results by sample. Delivery is at least once: a request leaves the broker only when
+//! its result is stored, a dead teacher's requests are handed out again, and a result is stored under its sample, so that a
+//! second copy is harmless. [`MemoryBroker`] does this inside one process. [`wire`] has the formats between processes.
+//!
+//! This crate moves numbers; it does not know what they mean to a trainer.
+
+mod broker;
+mod clock;
+mod error;
+mod memory;
+mod message;
+mod rows;
+pub mod wire;
+
+pub use broker::{Broker, BrokerLimits, BrokerStats, Completion, Delivery, Fetched};
+pub use clock::{Clock, ManualClock, SystemClock};
+pub use error::BrokerError;
+pub use memory::MemoryBroker;
+pub use message::{HiddenStates, SampleId, TeacherRequest, TeacherResult};
+pub use rows::Rows;
+
+/// What the functions of this crate return.
+pub type Result<T> = std::result::Result<T, BrokerError>;

@@ -1,0 +1,3 @@
+//! The formats in which messages travel between processes.
+
+pub mod cosmos_rl;

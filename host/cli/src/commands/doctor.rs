@@ -1,0 +1,50 @@
+//! `doctor`: what this machine has, what is missing and how to get it.
+
+use comfy_table::{Cell, Table, presets};
+
+use crate::commands::TableOrJson;
+use crate::doctor::{self, Report, Status};
+use crate::failure::{Exit, Failure};
+use crate::output::Output;
+
+/// Arguments of `doctor`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A table to read, or JSON for programs
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    format: TableOrJson,
+}
+
+/// Exit 1 when a run would suffer or fail on this machine.
+pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
+    let report = doctor::examine();
+    match args.format {
+        TableOrJson::Json => out.json(&report)?,
+        TableOrJson::Table => print(&report, out)?,
+    }
+    Ok(if report.ready { Exit::Done } else { Exit::Failed })
+}
+
+fn print(report: &Report, out: &mut Output) -> Result<(), Failure> {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    for check in &report.checks {
+        let mark = match check.status {
+            Status::Ok => "ok",
+            Status::Missing => "-",
+            Status::Problem => "problem",
+        };
+        table.add_row([Cell::new(mark), Cell::new(check.id), Cell::new(&check.found)]);
+    }
+    for line in table.lines() {
+        out.line(line.trim_end())?;
+    }
+    let fixable: Vec<_> = report.checks.iter().filter_map(|c| Some((c, c.fix.as_ref()?))).collect();
+    if !fixable.is_empty() {
+        out.line("\nNot there, or in the way:")?;
+    }
+    for (check, fix) in fixable {
+        out.line(format!("  {}, for {}:\n      {fix}", check.id, check.needed_for))?;
+    }
+    Ok(())
+}

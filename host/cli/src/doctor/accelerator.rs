@@ -1,0 +1,81 @@
+//! Devices of this build, the GPU's driver and its libraries.
+
+use std::path::Path;
+
+use super::files::{entries, library, read};
+use super::{Finding, Status};
+
+pub fn devices() -> Finding {
+    let mut devices = vec!["burn:flex"];
+    if cfg!(feature = "burn-cuda") {
+        devices.push("burn:cuda");
+    }
+    Finding::new("devices", "`--device`", Status::Ok, format!("this build offers {}", devices.join(", ")))
+        .detail("devices", devices)
+}
+
+pub fn gpu() -> Finding {
+    let needed_for = "`burn:cuda`";
+    let driver = read("/proc/driver/nvidia/version").and_then(|text| {
+        text.lines()
+            .next()?
+            .split_whitespace()
+            .find(|w| w.starts_with(|c: char| c.is_ascii_digit()) && w.contains('.'))
+            .map(str::to_owned)
+    });
+    let gpus: Vec<String> = entries(Path::new("/proc/driver/nvidia/gpus"))
+        .filter_map(|gpu| read(gpu.join("information")))
+        .map(|text| text.lines().find_map(|l| l.strip_prefix("Model:")).unwrap_or("unknown model").trim().to_owned())
+        .collect();
+    let cuda = library("libcuda.so");
+    let shown = cuda.as_ref().map(|p| p.display().to_string());
+    let (status, found, fix) = match (&driver, gpus.is_empty(), &shown) {
+        (Some(driver), false, Some(_)) => (Status::Ok, format!("driver {driver}, {}", gpus.join(", ")), None),
+        (Some(driver), _, None) => (
+            Status::Problem,
+            format!("driver {driver} is loaded but libcuda.so is not to be found"),
+            Some(
+                "in a container, start it with the NVIDIA container toolkit; else install the driver's user-space libraries",
+            ),
+        ),
+        _ => (
+            Status::Missing,
+            "no NVIDIA driver is loaded".to_owned(),
+            Some("install the NVIDIA driver (580 or newer); runs on the CPU need none"),
+        ),
+    };
+    let mut finding = Finding::new("gpu", needed_for, status, found)
+        .detail("driver", driver)
+        .detail("gpus", gpus)
+        .detail("libcuda", shown);
+    finding.fix = fix.map(str::to_owned);
+    finding
+}
+
+pub fn nvrtc() -> Finding {
+    shared_library(
+        "nvrtc",
+        "libnvrtc.so",
+        "`burn:cuda`: kernels are compiled at run time",
+        "install the CUDA toolkit 13, or the wheel nvidia-cuda-nvrtc==13.0.88, and put its lib folder into LD_LIBRARY_PATH",
+    )
+}
+
+pub fn nccl() -> Finding {
+    shared_library(
+        "nccl",
+        "libnccl.so",
+        "weights and gradients between several GPUs",
+        "install libnccl2, or the wheel nvidia-nccl-cu13, and put its lib folder into LD_LIBRARY_PATH",
+    )
+}
+
+fn shared_library(id: &'static str, name: &str, needed_for: &'static str, fix: &str) -> Finding {
+    match library(name) {
+        Some(path) => Finding::new(id, needed_for, Status::Ok, path.display().to_string())
+            .detail("path", path.display().to_string()),
+        None => Finding::new(id, needed_for, Status::Missing, format!("{name} is not to be found"))
+            .detail("path", None::<String>)
+            .fix(fix),
+    }
+}

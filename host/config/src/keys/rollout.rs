@@ -1,0 +1,176 @@
+//! `[rollout]` and `[validation]`: how completions are sampled.
+
+use super::{Dataset, Parallelism, RemoteReward};
+use crate::shapes;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+table! {
+    /// How the student samples completions.
+    pub struct Rollout {
+        /// Tokens of a completion at most.
+        #[schemars(range(min = 1))]
+        pub max_response_length: usize = 2048,
+        /// Completions per prompt.
+        #[schemars(range(min = 1))]
+        pub n_generation: usize = 16,
+        /// Prompts that a rollout asks for at once.
+        #[schemars(range(min = 1))]
+        pub batch_size: usize = 1,
+        /// Seed of sampling; absent: `train.seed`, else a new one every run.
+        pub seed: Option<i64> = None,
+        /// Temperature, top-p, top-k and repetition penalty.
+        pub sampling_config: Sampling = Sampling::default(),
+        /// Several turns with tools.
+        pub multi_turn_config: MultiTurn = MultiTurn::default(),
+        /// Put each completion of a prompt into its own batch row. No effect here.
+        pub n_generation_to_batch: bool = false,
+        /// Completions sampled together. No effect here: see `host.decode_slots`.
+        pub n_generation_mini_batch: Option<i64> = None,
+        /// Inference engine of the original (`vllm`, `vllm_async`, `trtllm`). No effect here: there is one engine, and it gives token ids.
+        pub backend: String = "vllm".into(),
+        /// Whether sampling is driven step by step. No effect here.
+        pub mode: RolloutMode = RolloutMode::Sync,
+        /// Settings of asynchronous sampling. No effect here.
+        pub async_config: AsyncConfig = AsyncConfig::default(),
+        /// When weights are swapped during sampling. No effect here in one process.
+        pub async_r2r_sync: R2rSync = R2rSync::Disabled,
+        /// Ask for the next prompts while sampling. No effect here.
+        pub prefetch_rollout: bool = false,
+        /// Batches of prompts held ahead. No effect here.
+        #[schemars(range(min = 1))]
+        pub prefetch_queue_maxsize: usize = 2,
+        /// Send frozen parameters with every weight sync too. No effect here in one process.
+        pub broadcast_all_params: bool = false,
+        /// Quantized sampling (`none`, `fp8`, `mxfp4`). No effect here.
+        pub quantization: String = "none".into(),
+        /// Do not capture decode graphs.
+        pub enforce_eager: bool = true,
+        /// Keep the stop string in the text.
+        pub include_stop_str_in_output: bool = false,
+        /// Share of the device's memory for the sampling engine. No effect on the CPU.
+        pub gpu_memory_utilization: f64 = 0.8,
+        /// Split long prompts. No effect here.
+        pub enable_chunked_prefill: bool = false,
+        /// FlashInfer attention. No effect here.
+        pub vllm_use_flashinfer: bool = false,
+        /// How the rollout is spread over devices; for the backends `vllm`, `vllm_async` and `trtllm` only `n_init_replicas`, `tp_size`, `pp_size` and `dp_shard_size` may differ from their defaults.
+        pub parallelism: Parallelism = Parallelism::default(),
+    }
+}
+
+table! {
+    /// How a token is drawn.
+    pub struct Sampling {
+        /// Divides the logits; 0 takes the likeliest token.
+        #[schemars(range(min = 0.0))]
+        pub temperature: f64 = 1.0,
+        /// Draw from the likeliest tokens that together have this probability.
+        #[schemars(range(min = 0.0, max = 1.0))]
+        pub top_p: f64 = 1.0,
+        /// Draw from this many likeliest tokens; -1 or 0: all.
+        #[schemars(range(min = -1))]
+        pub top_k: i64 = -1,
+        /// Above 1: tokens that occurred become less likely.
+        #[schemars(range(min = 0.0))]
+        pub repetition_penalty: f64 = 1.0,
+        /// FlashInfer sampling. No effect here.
+        pub use_flashinfer: bool = false,
+    }
+}
+
+table! {
+    /// Several turns with tools.
+    pub struct MultiTurn {
+        /// Sample several turns. A run with it is refused: not supported yet.
+        pub enable: bool = false,
+        /// Let the model call tools.
+        pub enable_tools: bool = false,
+        /// Render the chat template with thinking.
+        pub enable_thinking: bool = false,
+        /// File of a chat template to use in place of the model's.
+        pub custom_chat_template_path: Option<String> = None,
+        /// Assistant turns at most.
+        #[schemars(range(min = 1))]
+        pub max_assistant_turns: usize = 5,
+        /// End the rendered prompt with the start of an assistant turn.
+        pub add_generation_prompt: bool = true,
+        /// Let the model continue the last message.
+        pub continue_final_message: bool = false,
+    }
+}
+
+table! {
+    /// Asynchronous sampling. No effect here.
+    pub struct AsyncConfig {
+        /// Requests at the same time. No effect here.
+        pub max_concurrent_requests: i64 = 10,
+    }
+}
+
+/// How sampling is driven.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RolloutMode {
+    /// A batch at a time.
+    Sync,
+    /// Request by request.
+    Async,
+}
+
+/// When new weights reach the samplers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum R2rSync {
+    /// Between batches.
+    Disabled,
+    /// Between generations.
+    Generation,
+    /// Between decode steps.
+    Inference,
+}
+
+table! {
+    /// When and how the student is measured on held-out prompts.
+    pub struct Validation {
+        /// Measure the student during training.
+        pub enable: bool = false,
+        /// Measure before the first step too.
+        pub val_before_train: bool = false,
+        /// Steps between measurements; the last step is always measured.
+        #[schemars(range(min = 1))]
+        pub freq: usize = 20,
+        /// Prompts sampled at once; absent: the rollout's.
+        #[schemars(range(min = 1))]
+        pub batch_size: Option<usize> = None,
+        /// Held-out prompts.
+        pub dataset: Dataset = Dataset::default(),
+        /// Divides the logits; 0 takes the likeliest token.
+        #[schemars(range(min = 0.0))]
+        pub temperature: f64 = 0.0,
+        /// Draw from the likeliest tokens that together have this probability; absent: the rollout's.
+        #[schemars(range(min = 0.0, max = 1.0))]
+        pub top_p: Option<f64> = None,
+        /// Draw from this many likeliest tokens; -1 or 0: all. The default of 1 makes validation greedy whatever the temperature, as in the original.
+        #[schemars(range(min = -1))]
+        pub top_k: Option<i64> = Some(1),
+        /// Above 1: tokens that occurred become less likely.
+        #[schemars(range(min = 0.0))]
+        pub repetition_penalty: f64 = 1.0,
+        /// Completions per prompt.
+        #[schemars(range(min = 1))]
+        pub n_generation: usize = 1,
+        /// Tokens of a completion at most; absent: the rollout's.
+        #[schemars(range(min = 1))]
+        pub max_response_length: Option<usize> = None,
+        /// Rewards by name, with weights: a name, a list of names (weight 1.0 each) or a table. Empty: the plugin's validation reward, else the training rewards.
+        #[serde(deserialize_with = "shapes::reward_weights")]
+        #[schemars(with = "shapes::RewardShape")]
+        pub reward_function: BTreeMap<String, f64> = BTreeMap::new(),
+        /// Ask a remote server for rewards; absent: as in training, and it may not differ from it. No effect here.
+        pub use_remote_reward: Option<bool> = None,
+        /// The remote reward server; absent: as in training. No effect here.
+        pub remote_reward: Option<RemoteReward> = None,
+    }
+}

@@ -1,0 +1,113 @@
+//! The engine seam: what one engine must provide for one block of the network.
+//!
+//! A batch is cut into tiles: a few rows of similar length, padded on the right to the longest. Activations of a tile
+//! are `[n, hidden]` with `n = b · t`, row after row. The walk over blocks and tiles ([`crate::walker`]) is written once
+//! for all engines; checkpointing, sharding and pipelines are changes of that walk, not of an engine.
+//!
+//! Parameters come as one flat f32 slice per block in the order of [`ModelConfig::block_params`], and gradients leave
+//! in the same order.
+
+use crate::Result;
+use crate::model::ModelConfig;
+
+/// One token of an incremental step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecodeRow {
+    /// Which cache it belongs to.
+    pub slot: usize,
+    /// Its place in the sequence, from 0. The rows of one slot come in order and continue what its cache holds.
+    pub position: usize,
+}
+
+/// The kernels of one device. Everything that a walk over blocks needs, and nothing that decides about it.
+pub trait BlockEngine: Send + Sync + 'static {
+    /// Activations `[n, hidden]` on the device.
+    type Tensor: Clone + Send + Sync;
+    /// A `[vocab, hidden]` matrix on the device: the embedding, the head, or both.
+    type Table: Clone + Send + Sync;
+    /// One block's parameters on the device.
+    type Block: Send + Sync;
+    /// The last norm's parameters on the device.
+    type Norm: Send + Sync;
+    /// What all blocks share for tiles of one length: rotary tables and the causal mask.
+    type Geometry: Clone + Send + Sync;
+    /// Keys and values of one sequence in one block.
+    type Kv: Send;
+
+    /// Architecture.
+    fn config(&self) -> &ModelConfig;
+    /// Tokens that one tile should hold: enough to keep the matrix kernels busy, few enough to stay in a cache.
+    fn tile_tokens(&self) -> usize;
+    /// How many tiles may run at once.
+    fn lanes(&self) -> usize;
+    /// Runs `work(0..count)` on the lanes and returns the results in order. Results must not depend on how many lanes
+    /// there are.
+    fn run_lanes<R: Send>(&self, count: usize, work: &(dyn Fn(usize) -> R + Sync)) -> Vec<R>;
+
+    /// Uploads a `[vocab, hidden]` matrix.
+    fn table(&self, values: &[f32]) -> Self::Table;
+    /// Uploads a block's parameters.
+    fn block(&self, flat: &[f32]) -> Self::Block;
+    /// Uploads the last norm.
+    fn norm(&self, values: &[f32]) -> Self::Norm;
+    /// Prepares tiles of length `t`.
+    fn geometry(&self, t: usize) -> Self::Geometry;
+
+    /// Rows of the embedding for `ids`.
+    fn embed(&self, table: &Self::Table, ids: &[u32]) -> Self::Tensor;
+    /// Adds the gradient at the embedding's rows to `grads`, `[vocab, hidden]`.
+    fn embed_vjp(&self, ids: &[u32], dy: Self::Tensor, grads: &mut [f32]) -> Result<()>;
+
+    /// One block over a tile of `b` rows.
+    fn block_forward(&self, block: &Self::Block, geometry: &Self::Geometry, b: usize, x: Self::Tensor) -> Self::Tensor;
+    /// Re-runs the block at input `x` and takes its vector-Jacobian product: the gradient at the input, and that of
+    /// the parameters as one flat slice.
+    fn block_vjp(
+        &self,
+        block: &Self::Block,
+        geometry: &Self::Geometry,
+        b: usize,
+        x: Self::Tensor,
+        dy: Self::Tensor,
+    ) -> Result<(Self::Tensor, Vec<f32>)>;
+
+    /// The last norm at `rows` of `x`: `[rows, hidden]` on the host.
+    fn final_norm(&self, norm: &Self::Norm, x: Self::Tensor, rows: &[u32]) -> Result<Vec<f32>>;
+    /// Its vector-Jacobian product: the gradient at `x` and at the norm's weight.
+    fn final_norm_vjp(
+        &self,
+        norm: &Self::Norm,
+        x: Self::Tensor,
+        rows: &[u32],
+        dy_rh: Vec<f32>,
+    ) -> Result<(Self::Tensor, Vec<f32>)>;
+
+    /// The head over `[rows, hidden]`: logits `[rows, vocab]` on the host.
+    fn head(&self, table: &Self::Table, hidden_rh: &[f32]) -> Result<Vec<f32>>;
+    /// Its vector-Jacobian product: the gradient at the hidden states; that at the matrix is added to `grads`.
+    fn head_vjp(
+        &self,
+        table: &Self::Table,
+        hidden_rh: &[f32],
+        dlogits_rv: Vec<f32>,
+        grads: &mut [f32],
+    ) -> Result<Vec<f32>>;
+
+    /// An empty cache for at most `capacity` tokens.
+    fn kv(&self, capacity: usize) -> Self::Kv;
+    /// Empties a cache.
+    fn kv_clear(&self, kv: &mut Self::Kv);
+    /// Makes `to` hold what `from` holds.
+    fn kv_copy(&self, from: &Self::Kv, to: &mut Self::Kv);
+    /// Rows that incremental steps should be padded to, so that a row's result does not depend on how many there are.
+    fn decode_rows(&self, rows: usize) -> usize;
+    /// One block over single tokens `x` (`[rows or more, hidden]`; rows beyond `rows` are padding): appends their keys
+    /// and values to the caches `kv[slot]` and attends to what these hold.
+    fn block_decode(
+        &self,
+        block: &Self::Block,
+        kv: &mut [Self::Kv],
+        rows: &[DecodeRow],
+        x: Self::Tensor,
+    ) -> Result<Self::Tensor>;
+}

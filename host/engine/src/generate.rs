@@ -1,0 +1,9 @@
+//! Rollout: continuous batching over a [`crate::model::Decoder`], and the sampler.
+
+mod sampler;
+mod scheduler;
+pub use sampler::{Sampler, SamplingParams};
+pub use scheduler::{FinishReason, GenerateOptions, GenerateRequest, GenerateStats, Generated, generate};
+
+#[cfg(test)]
+pub(crate) mod fake;

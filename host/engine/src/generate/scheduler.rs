@@ -1,0 +1,399 @@
+//! Continuous batching: slots of a decoder are filled again as their sequences end.
+
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use rayon::prelude::*;
+
+use super::sampler::{Draw, Sampler, SamplingParams};
+use crate::model::{Decoder, Model, Prefill};
+use crate::score::softmax::{RowStats, apply_temperature};
+use crate::score::top::top_k;
+use crate::{EngineError, Result};
+
+/// Most prompt tokens computed in one go; bounds the memory of a prefill. A single longer prompt still goes alone.
+const PREFILL_TOKENS_MAX: usize = 8192;
+
+/// A prompt to complete.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GenerateRequest {
+    /// Names the random stream: (seed, id, completion, position) decide each draw.
+    pub id: u64,
+    /// Prompt ids, at least one.
+    pub prompt: Vec<u32>,
+    /// Number of completions.
+    pub n: usize,
+    /// Most tokens of each completion, the stop id included.
+    pub max_new_tokens: usize,
+}
+
+/// How to run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerateOptions {
+    /// Sequences decoded at once, at least 1.
+    pub slots: usize,
+    /// Ids that end a completion.
+    pub stop_ids: Vec<u32>,
+    /// Most tokens of prompt and completion together.
+    pub context_limit: usize,
+    /// Most likely ids with log-probs recorded per step, 0 for none.
+    pub candidates: usize,
+    /// Record the log-prob of each token.
+    pub logprobs: bool,
+    /// Temperature of the recorded log-probs (not of the choice).
+    pub logprob_temperature: f32,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self {
+            slots: 32,
+            stop_ids: Vec::new(),
+            context_limit: 4096,
+            candidates: 0,
+            logprobs: false,
+            logprob_temperature: 1.0,
+        }
+    }
+}
+
+/// Why a completion ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// At a stop id.
+    Stop,
+    /// At `max_new_tokens`.
+    Length,
+    /// At the context limit.
+    Context,
+}
+
+/// A finished completion.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generated {
+    /// The request.
+    pub id: u64,
+    /// Which of its completions.
+    pub index: usize,
+    /// The tokens, the stop id included.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub finish: FinishReason,
+    /// Log-prob of each token under the model at `logprob_temperature`, without penalty or limits; empty unless asked for.
+    pub logprobs: Vec<f32>,
+    /// The most likely ids at each step, `[tokens, candidates]`, best first.
+    pub candidate_ids: Vec<u32>,
+    /// Their log-probs.
+    pub candidate_logprobs: Vec<f32>,
+}
+
+/// What a run did.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct GenerateStats {
+    /// Prompt tokens computed; a prompt shared by several slots counts once.
+    pub prompt_tokens: usize,
+    /// Tokens of all completions, unfinished ones included.
+    pub completion_tokens: usize,
+    /// Calls of [`Decoder::step`].
+    pub steps: usize,
+    /// Sequences in those steps, summed.
+    pub row_steps: usize,
+    /// Calls of [`Decoder::prefill`].
+    pub prefills: usize,
+    /// Wall time in seconds.
+    pub seconds: f64,
+}
+
+/// A sequence in a slot.
+struct Active<'a> {
+    request: &'a GenerateRequest,
+    out: Generated,
+    /// Distinct tokens so far, when the sampler wants them, and which they are.
+    seen: Vec<u32>,
+    is_seen: Vec<bool>,
+}
+
+/// What one row of logits led to.
+struct Choice {
+    token: u32,
+    logprob: f32,
+    candidates: Vec<(f32, u32)>,
+}
+
+/// Completes every request and hands each completion to `done` as it ends; `Break` stops the run. Completions depend on
+/// the parameters' seed, the request's id and prompt, and the model alone: not on slots, order or company.
+///
+/// # Errors
+/// A request that cannot be served, by its id, before anything is computed; logits that are not finite; what the model
+/// reports.
+pub fn generate(
+    model: &mut dyn Model,
+    requests: &[GenerateRequest],
+    params: &SamplingParams,
+    options: &GenerateOptions,
+    done: &mut dyn FnMut(Generated) -> ControlFlow<()>,
+) -> Result<GenerateStats> {
+    let started = Instant::now();
+    let sampler = Sampler::new(params)?;
+    let vocab = model.config().vocab_size;
+    check(requests, options, vocab)?;
+    let completions: usize = requests.iter().map(|r| r.n).sum();
+    if completions == 0 {
+        return Ok(GenerateStats::default());
+    }
+    let slots = options.slots.min(completions);
+    let capacity = requests
+        .iter()
+        .map(|r| options.context_limit.min(r.prompt.len().saturating_add(r.max_new_tokens)))
+        .max()
+        .unwrap_or(1);
+    let decoder = model.decoder(slots, capacity)?;
+    let mut run = Run {
+        decoder,
+        sampler: &sampler,
+        options,
+        vocab,
+        active: (0..slots).map(|_| None).collect(),
+        waiting: requests.iter().flat_map(|r| (r.n > 0).then_some((r, 0))).collect(),
+        stats: GenerateStats::default(),
+    };
+    run.all(done)?;
+    Ok(GenerateStats { seconds: started.elapsed().as_secs_f64(), ..run.stats })
+}
+
+fn check(requests: &[GenerateRequest], options: &GenerateOptions, vocab: usize) -> Result<()> {
+    if options.slots == 0 {
+        return Err(EngineError::invalid("generation with 0 slots", "use at least 1"));
+    }
+    for request in requests {
+        let wrong =
+            |what: String, hint: &str| Err(EngineError::invalid(format!("request {}: {what}", request.id), hint));
+        if request.prompt.is_empty() {
+            return wrong("the prompt is empty".into(), "a prompt needs at least one token");
+        }
+        if request.prompt.len() >= options.context_limit {
+            return wrong(
+                format!(
+                    "the prompt of {} tokens leaves no room in a context of {}",
+                    request.prompt.len(),
+                    options.context_limit
+                ),
+                "shorten the prompt or raise the context limit",
+            );
+        }
+        if request.max_new_tokens == 0 {
+            return wrong("no new tokens are allowed".into(), "set the response length to at least 1");
+        }
+        if let Some(id) = request.prompt.iter().find(|&&id| id as usize >= vocab) {
+            return wrong(
+                format!("prompt token {id} is outside the vocabulary of {vocab}"),
+                "use the tokenizer that belongs to the model",
+            );
+        }
+    }
+    Ok(())
+}
+
+struct Run<'a, 'm> {
+    decoder: Box<dyn Decoder + 'm>,
+    sampler: &'a Sampler,
+    options: &'a GenerateOptions,
+    vocab: usize,
+    active: Vec<Option<Active<'a>>>,
+    /// Requests and the next completion of each.
+    waiting: VecDeque<(&'a GenerateRequest, usize)>,
+    stats: GenerateStats,
+}
+
+impl<'a> Run<'a, '_> {
+    fn all(&mut self, done: &mut dyn FnMut(Generated) -> ControlFlow<()>) -> Result<()> {
+        loop {
+            if self.fill(done)?.is_break() {
+                return Ok(());
+            }
+            let entries: Vec<(usize, u32)> = self
+                .active
+                .iter()
+                .enumerate()
+                .filter_map(|(slot, a)| Some((slot, *a.as_ref()?.out.tokens.last()?)))
+                .collect();
+            if entries.is_empty() {
+                return Ok(());
+            }
+            let mut logits_rv = self.decoder.step(&entries)?;
+            self.stats.steps += 1;
+            self.stats.row_steps += entries.len();
+            let slots: Vec<usize> = entries.iter().map(|e| e.0).collect();
+            let rows: Vec<usize> = (0..slots.len()).collect();
+            if self.advance(&slots, &rows, &mut logits_rv, done)?.is_break() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Prefills waiting requests into free slots until none waits or none is worth filling.
+    fn fill(&mut self, done: &mut dyn FnMut(Generated) -> ControlFlow<()>) -> Result<ControlFlow<()>> {
+        loop {
+            let entries = self.admit();
+            if entries.is_empty() {
+                return Ok(ControlFlow::Continue(()));
+            }
+            let mut logits_rv = self.decoder.prefill(&entries)?;
+            self.stats.prefills += 1;
+            self.stats.prompt_tokens += entries.iter().map(|e| e.prompt.len()).sum::<usize>();
+            let slots: Vec<usize> = entries.iter().flat_map(|e| e.slots.iter().copied()).collect();
+            let rows: Vec<usize> =
+                entries.iter().enumerate().flat_map(|(row, e)| e.slots.iter().map(move |_| row)).collect();
+            if self.advance(&slots, &rows, &mut logits_rv, done)?.is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+    }
+
+    /// Takes waiting completions into free slots. Completions of one prompt share its prefill; for their sake a few
+    /// slots (an eighth at most) may stay free for a while, unless nothing runs.
+    fn admit(&mut self) -> Vec<Prefill<'a>> {
+        let mut free: VecDeque<usize> = (0..self.active.len()).filter(|&slot| self.active[slot].is_none()).collect();
+        let enough = (self.active.len() / 8).max(1);
+        let mut entries: Vec<Prefill<'a>> = Vec::new();
+        let mut tokens = 0;
+        while let Some(&(request, next)) = self.waiting.front() {
+            let left = request.n - next;
+            let idle = free.len() == self.active.len();
+            if free.is_empty() || (free.len() < left.min(enough) && !idle) {
+                break;
+            }
+            tokens += request.prompt.len();
+            if tokens > PREFILL_TOKENS_MAX && !entries.is_empty() {
+                break;
+            }
+            let count = left.min(free.len());
+            let slots: Vec<usize> = free.drain(..count).collect();
+            for (offset, &slot) in slots.iter().enumerate() {
+                self.active[slot] = Some(self.start(request, next + offset));
+            }
+            entries.push(Prefill { slots, prompt: &request.prompt });
+            self.waiting.pop_front();
+            if count < left {
+                self.waiting.push_front((request, next + count));
+            }
+        }
+        entries
+    }
+
+    fn start(&self, request: &'a GenerateRequest, index: usize) -> Active<'a> {
+        let out = Generated {
+            id: request.id,
+            index,
+            tokens: Vec::new(),
+            finish: FinishReason::Length,
+            logprobs: Vec::new(),
+            candidate_ids: Vec::new(),
+            candidate_logprobs: Vec::new(),
+        };
+        let mut active = Active { request, out, seen: Vec::new(), is_seen: Vec::new() };
+        if self.sampler.penalizes() {
+            active.is_seen = vec![false; self.vocab];
+            request.prompt.iter().for_each(|&id| active.saw(id));
+        }
+        active
+    }
+
+    /// Chooses the next token of each slot from its row of logits and takes finished sequences out.
+    fn advance(
+        &mut self,
+        slots: &[usize],
+        rows: &[usize],
+        logits_rv: &mut [f32],
+        done: &mut dyn FnMut(Generated) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>> {
+        let wanted = rows.last().map_or(0, |last| last + 1) * self.vocab;
+        if logits_rv.len() != wanted {
+            return Err(EngineError::invalid(
+                format!("the decoder gave {} logits where {wanted} were expected", logits_rv.len()),
+                "",
+            ));
+        }
+        let (active, sampler, options, vocab) = (&self.active, self.sampler, self.options, self.vocab);
+        let logits: &[f32] = logits_rv;
+        let choices: Vec<Option<Choice>> = slots
+            .par_iter()
+            .zip(rows)
+            .map(|(&slot, &row)| {
+                choose(active[slot].as_ref()?, &logits[row * vocab..(row + 1) * vocab], sampler, options)
+            })
+            .collect();
+        self.stats.completion_tokens += slots.len();
+        for (&slot, choice) in slots.iter().zip(choices) {
+            let Some(active) = self.active[slot].as_mut() else { continue };
+            let Some(choice) = choice else {
+                let (id, at) = (active.request.id, active.out.tokens.len());
+                return Err(EngineError::invalid(
+                    format!("request {id}: the logits of completion token {at} are not finite"),
+                    "the model's weights hold NaN or infinite values, or overflow",
+                ));
+            };
+            if let Some(finish) = active.take(choice, self.options) {
+                self.decoder.release(slot);
+                if let Some(mut ended) = self.active[slot].take() {
+                    ended.out.finish = finish;
+                    if done(ended.out).is_break() {
+                        return Ok(ControlFlow::Break(()));
+                    }
+                }
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+}
+
+impl Active<'_> {
+    fn saw(&mut self, id: u32) {
+        if let Some(seen) = self.is_seen.get_mut(id as usize).filter(|seen| !**seen) {
+            *seen = true;
+            self.seen.push(id);
+        }
+    }
+
+    /// Appends a token; the reason when it was the last.
+    fn take(&mut self, choice: Choice, options: &GenerateOptions) -> Option<FinishReason> {
+        self.saw(choice.token);
+        let out = &mut self.out;
+        out.tokens.push(choice.token);
+        if options.logprobs {
+            out.logprobs.push(choice.logprob);
+        }
+        out.candidate_ids.extend(choice.candidates.iter().map(|c| c.1));
+        out.candidate_logprobs.extend(choice.candidates.iter().map(|c| c.0));
+        if options.stop_ids.contains(&choice.token) {
+            Some(FinishReason::Stop)
+        } else if out.tokens.len() >= self.request.max_new_tokens {
+            Some(FinishReason::Length)
+        } else if self.request.prompt.len() + out.tokens.len() >= options.context_limit {
+            Some(FinishReason::Context)
+        } else {
+            None
+        }
+    }
+}
+
+fn choose(active: &Active<'_>, logits_v: &[f32], sampler: &Sampler, options: &GenerateOptions) -> Option<Choice> {
+    let mut own_v = logits_v.to_vec();
+    let draw =
+        Draw { request: active.out.id, completion: active.out.index as u64, position: active.out.tokens.len() as u64 };
+    let token = sampler.choose(&mut own_v, &active.seen, draw)?;
+    let mut choice = Choice { token, logprob: 0.0, candidates: Vec::new() };
+    if options.logprobs || options.candidates > 0 {
+        own_v.copy_from_slice(logits_v);
+        apply_temperature(&mut own_v, options.logprob_temperature);
+        let stats = RowStats::of(&own_v)?;
+        choice.logprob = stats.log_prob(own_v[token as usize]) as f32;
+        choice.candidates = top_k(&own_v, options.candidates);
+        choice.candidates.iter_mut().for_each(|c| c.0 = stats.log_prob(c.0) as f32);
+    }
+    Some(choice)
+}
+
+#[cfg(test)]
+mod tests;

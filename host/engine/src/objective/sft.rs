@@ -1,0 +1,230 @@
+//! Likelihood of given responses.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::batch::{Position, TokenBatch};
+use crate::model::HeadLoss;
+use crate::score::softmax::RowStats;
+use crate::{EngineError, Result};
+
+/// A sequence and which of its tokens to learn: a response, or the assistant's turns of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SftSample {
+    /// Prompt and responses.
+    pub ids: Vec<u32>,
+    /// Whether each token is learnt; the first never is, since nothing predicts it.
+    pub trained: Vec<bool>,
+}
+
+impl SftSample {
+    /// A prompt of `prompt_len` tokens and its response.
+    pub fn response(ids: Vec<u32>, prompt_len: usize) -> Self {
+        let trained = (0..ids.len()).map(|t| t >= prompt_len).collect();
+        Self { ids, trained }
+    }
+
+    /// Number of learnt tokens.
+    pub fn scored(&self) -> usize {
+        self.targets().count()
+    }
+
+    fn targets(&self) -> impl Iterator<Item = usize> {
+        self.trained.iter().enumerate().skip(1).filter(|t| *t.1).map(|t| t.0)
+    }
+}
+
+/// Σ −log p(response token) × `weight`. With `weight` = 1 / response tokens of the optimizer batch, micro-batches add up
+/// to the mean over all tokens.
+pub struct SftLoss {
+    samples: Vec<Range<usize>>,
+    targets: Vec<u32>,
+    batch: Option<(TokenBatch, Vec<Position>)>,
+    weight: f64,
+    nll: f64,
+    seen: usize,
+    correct: usize,
+    non_finite_rows: usize,
+}
+
+impl SftLoss {
+    /// The loss of a micro-batch.
+    ///
+    /// # Errors
+    /// A sample with another number of marks than tokens, by its index.
+    pub fn new(samples: &[SftSample], weight: f64) -> Result<Self> {
+        let (mut sequences, mut positions, mut targets, mut ranges) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (index, sample) in samples.iter().enumerate() {
+            if sample.trained.len() != sample.ids.len() {
+                let message = format!("sample {index}: {} marks for {} tokens", sample.trained.len(), sample.ids.len());
+                return Err(EngineError::invalid(message, ""));
+            }
+            let start = targets.len();
+            if let Some(last) = sample.targets().last() {
+                let b = sequences.len();
+                positions.extend(sample.targets().map(|target| Position { b, t: target - 1 }));
+                targets.extend(sample.targets().map(|target| sample.ids[target]));
+                // Nothing after the last learnt token has a part in the loss.
+                sequences.push(&sample.ids[..last]);
+            }
+            ranges.push(start..targets.len());
+        }
+        let batch = if sequences.is_empty() { None } else { Some((TokenBatch::new(&sequences)?, positions)) };
+        Ok(Self { samples: ranges, targets, batch, weight, nll: 0.0, seen: 0, correct: 0, non_finite_rows: 0 })
+    }
+
+    /// Number of rows; when it is 0 there is nothing to run.
+    pub fn rows(&self) -> usize {
+        self.targets.len()
+    }
+
+    /// Rows of sample `index`.
+    pub fn sample_rows(&self, index: usize) -> Range<usize> {
+        self.samples.get(index).cloned().unwrap_or(0..0)
+    }
+
+    /// The sequences to run the model on and the position of every row.
+    ///
+    /// # Errors
+    /// When no sample has a response.
+    pub fn batch(&self) -> Result<(TokenBatch, Vec<Position>)> {
+        self.batch
+            .clone()
+            .ok_or_else(|| EngineError::invalid("no sample of this batch has a response", "check the data"))
+    }
+
+    /// The weighted loss so far; NaN if a row was not finite.
+    pub fn total(&self) -> f64 {
+        if self.non_finite_rows > 0 { f64::NAN } else { self.nll * self.weight }
+    }
+
+    /// Σ −log p over the finite rows so far, without the weight.
+    pub fn nll_sum(&self) -> f64 {
+        self.nll
+    }
+
+    /// Tokens seen.
+    pub fn tokens(&self) -> usize {
+        self.seen
+    }
+
+    /// Tokens that were the most likely ones.
+    pub fn correct(&self) -> usize {
+        self.correct
+    }
+
+    /// Rows whose logits were NaN or infinite; they have no gradient.
+    pub fn non_finite_rows(&self) -> usize {
+        self.non_finite_rows
+    }
+}
+
+impl HeadLoss for SftLoss {
+    fn needs_first_pass(&self) -> bool {
+        false
+    }
+
+    fn observe(&mut self, _rows: Range<usize>, _logits_rv: &[f32]) -> Result<()> {
+        Ok(())
+    }
+
+    fn gradient(&mut self, rows: Range<usize>, logits_rv: &mut [f32]) -> Result<()> {
+        let Some(targets) =
+            self.targets.get(rows.clone()).filter(|t| !t.is_empty() && logits_rv.len().is_multiple_of(t.len()))
+        else {
+            return Err(EngineError::invalid(format!("a chunk of rows {rows:?}; the loss has {}", self.rows()), ""));
+        };
+        let vocab = logits_rv.len() / targets.len();
+        if let Some(id) = targets.iter().find(|&&id| id as usize >= vocab) {
+            return Err(EngineError::invalid(
+                format!("token {id} is outside the vocabulary of {vocab}"),
+                "use the tokenizer that belongs to the model",
+            ));
+        }
+        let weight = self.weight;
+        let outcomes: Vec<Option<(f64, bool)>> = logits_rv
+            .par_chunks_mut(vocab)
+            .zip(targets)
+            .map(|(z_v, &target)| {
+                let found = RowStats::of(z_v).map(|stats| (stats, stats.log_prob(z_v[target as usize])));
+                let Some((stats, log_prob)) = found.filter(|f| f.1.is_finite()) else {
+                    z_v.fill(0.0);
+                    return None;
+                };
+                stats.write_gradient(z_v, weight, 0.0);
+                z_v[target as usize] -= weight as f32;
+                Some((-log_prob, stats.argmax == target))
+            })
+            .collect();
+        for outcome in outcomes {
+            self.seen += 1;
+            match outcome {
+                Some((nll, correct)) => {
+                    self.nll += nll;
+                    self.correct += usize::from(correct);
+                }
+                None => self.non_finite_rows += 1,
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn logits(rows: usize, vocab: usize) -> Vec<f32> {
+        (0..rows * vocab).map(|i| ((i * 37) % 23) as f32 * 0.2 - 2.0).collect()
+    }
+
+    #[test]
+    fn gradient_matches_differences() {
+        let samples = [
+            SftSample::response(vec![1, 4, 2, 0], 2),
+            SftSample::response(vec![3], 1),
+            SftSample::response(vec![2, 5, 5], 0),
+        ];
+        let run = |z: &[f32]| {
+            let mut loss = SftLoss::new(&samples, 0.25).unwrap();
+            let mut out = z.to_vec();
+            for (r, chunk) in out.chunks_mut(2 * 7).enumerate() {
+                loss.gradient(2 * r..2 * r + 2, chunk).unwrap();
+            }
+            (loss.total(), out)
+        };
+        let z = logits(4, 7);
+        let (total, gradient) = run(&z);
+        assert!(total > 0.0);
+        for i in 0..z.len() {
+            let at = |step: f32| {
+                let mut moved = z.clone();
+                moved[i] += step;
+                run(&moved).0
+            };
+            let slope = (at(1e-2) - at(-1e-2)) / 2e-2;
+            assert!((slope - f64::from(gradient[i])).abs() < 1e-4, "{i}: {slope} {}", gradient[i]);
+        }
+        let loss = SftLoss::new(&samples, 0.25).unwrap();
+        let (batch, positions) = loss.batch().unwrap();
+        assert_eq!(
+            (batch.lens_b, positions.len(), loss.sample_rows(1), loss.sample_rows(2)),
+            (vec![3, 2], 4, 2..2, 2..4)
+        );
+    }
+
+    #[test]
+    fn bad_rows_are_counted_and_bad_input_refused() {
+        let samples = [SftSample::response(vec![1, 4, 2], 1)];
+        let mut loss = SftLoss::new(&samples, 1.0).unwrap();
+        let mut z = logits(2, 7);
+        z[9] = f32::NAN;
+        loss.gradient(0..2, &mut z).unwrap();
+        assert!(loss.total().is_nan() && loss.non_finite_rows() == 1 && z[7..].iter().all(|&g| g == 0.0));
+        assert!(loss.gradient(0..2, &mut [0.0; 6]).unwrap_err().to_string().contains("outside the vocabulary"));
+        assert!(loss.gradient(0..3, &mut [0.0; 21]).is_err());
+        assert!(SftLoss::new(&[SftSample { ids: vec![1], trained: vec![] }], 1.0).is_err());
+        assert!(SftLoss::new(&[SftSample::response(vec![1], 1)], 1.0).unwrap().batch().is_err());
+    }
+}

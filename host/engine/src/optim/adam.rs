@@ -1,0 +1,302 @@
+//! Adam and AdamW in PyTorch's order of operations.
+
+use rayon::prelude::*;
+
+use crate::model::{Model, ParamSpec};
+use crate::{EngineError, Result};
+
+/// Values per task and per partial sum of the norm; fixed, so that a norm never depends on the number of cores.
+const SLICE: usize = 1 << 16;
+
+/// Settings of the optimizer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdamConfig {
+    /// AdamW: the decay multiplies the parameter. Off: it is added to the gradient (Adam).
+    pub decoupled_weight_decay: bool,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Applied to every parameter.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamConfig {
+    fn default() -> Self {
+        Self { decoupled_weight_decay: true, beta1: 0.9, beta2: 0.999, eps: 1e-6, weight_decay: 0.01 }
+    }
+}
+
+/// What a step did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepStats {
+    /// Global L2 norm before clipping, summed in f64.
+    pub grad_norm: f64,
+    /// Whether the gradient was scaled down.
+    pub clipped: bool,
+    /// Whether the gradient was finite. If not, nothing was updated.
+    pub finite: bool,
+}
+
+/// First and second moments of one parameter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Moments {
+    /// Mean of the gradient.
+    pub m: Vec<f32>,
+    /// Mean of its square.
+    pub v: Vec<f32>,
+}
+
+/// The optimizer and its state, one entry per parameter of the model it was made for.
+#[derive(Debug, Clone)]
+pub struct Adam {
+    config: AdamConfig,
+    steps: u64,
+    specs: Vec<ParamSpec>,
+    moments: Vec<Moments>,
+}
+
+impl Adam {
+    /// Fresh state for these parameters (`model.params()`).
+    pub fn new(config: AdamConfig, params: &[ParamSpec]) -> Self {
+        let zeros = |spec: &ParamSpec| vec![0.0; spec.shape.iter().product()];
+        let moments = params.iter().map(|spec| Moments { m: zeros(spec), v: zeros(spec) }).collect();
+        Self { config, steps: 0, specs: params.to_vec(), moments }
+    }
+
+    /// Updates done so far; skipped ones do not count.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Settings.
+    pub fn config(&self) -> &AdamConfig {
+        &self.config
+    }
+
+    /// One update with the gradients that the model has accumulated. `clip` bounds the global norm as
+    /// `clip_grad_norm_` does; none or one of at most 0 leaves the gradient as it is. The gradients stay: call
+    /// [`Model::zero_grads`] afterwards.
+    ///
+    /// # Errors
+    /// A model whose parameters are not those of [`Adam::new`].
+    pub fn step(&mut self, model: &mut dyn Model, lr: f64, clip: Option<f64>) -> Result<StepStats> {
+        if model.params() != self.specs {
+            return Err(EngineError::invalid("the optimizer was made for other parameters than this model has", ""));
+        }
+        let square: f64 = (0..self.specs.len()).map(|index| sum_of_squares(&model.read_grad(index))).sum();
+        let grad_norm = square.sqrt();
+        if !grad_norm.is_finite() {
+            return Ok(StepStats { grad_norm, clipped: false, finite: false });
+        }
+        let factor = match clip {
+            Some(max) if max > 0.0 => (max / (grad_norm + 1e-6)).min(1.0),
+            _ => 1.0,
+        };
+        self.steps += 1;
+        let rule = Rule::new(&self.config, lr, factor, self.steps);
+        let moments = &mut self.moments;
+        let mut wrong = None;
+        model.update_params(&mut |index, parameter, gradient| match moments.get_mut(index) {
+            Some(own) if own.m.len() == parameter.len() && gradient.len() == parameter.len() => {
+                rule.update(parameter, gradient, own)
+            }
+            _ => wrong = Some(index),
+        })?;
+        if let Some(index) = wrong {
+            return Err(EngineError::invalid(
+                format!("parameter {index} has another size than its optimizer state"),
+                "",
+            ));
+        }
+        Ok(StepStats { grad_norm, clipped: factor < 1.0, finite: true })
+    }
+
+    /// Every parameter's name and moments, in the model's order, for a checkpoint.
+    pub fn state(&self) -> impl Iterator<Item = (&str, &Moments)> {
+        self.specs.iter().map(|s| s.name.as_str()).zip(&self.moments)
+    }
+
+    /// Takes the state of a checkpoint: the number of steps and, by name, the moments.
+    ///
+    /// # Errors
+    /// A parameter without moments, or with moments of another size, by name. Nothing is changed then.
+    pub fn load_state(&mut self, steps: u64, moments_of: &mut dyn FnMut(&str) -> Option<Moments>) -> Result<()> {
+        let mut loaded = Vec::with_capacity(self.specs.len());
+        for (spec, own) in self.specs.iter().zip(&self.moments) {
+            let Some(moments) = moments_of(&spec.name) else {
+                return Err(EngineError::invalid(
+                    format!("the checkpoint has no optimizer state for `{}`", spec.name),
+                    "resume with the model that the checkpoint was made with",
+                ));
+            };
+            if moments.m.len() != own.m.len() || moments.v.len() != own.v.len() {
+                return Err(EngineError::invalid(
+                    format!(
+                        "optimizer state of `{}`: {} and {} values, {} expected",
+                        spec.name,
+                        moments.m.len(),
+                        moments.v.len(),
+                        own.m.len()
+                    ),
+                    "resume with the model that the checkpoint was made with",
+                ));
+            }
+            loaded.push(moments);
+        }
+        self.moments = loaded;
+        self.steps = steps;
+        Ok(())
+    }
+}
+
+/// Sum of squares in f64; partial sums in a fixed order.
+fn sum_of_squares(values: &[f32]) -> f64 {
+    let parts: Vec<f64> =
+        values.par_chunks(SLICE).map(|slice| slice.iter().map(|&g| f64::from(g) * f64::from(g)).sum()).collect();
+    parts.iter().sum()
+}
+
+/// The constants of one step, rounded to f32 where PyTorch rounds them.
+struct Rule {
+    clip: f32,
+    decay_into_gradient: f32,
+    shrink: f32,
+    one_minus_beta1: f32,
+    beta2: f32,
+    one_minus_beta2: f32,
+    root_correction2: f32,
+    eps: f32,
+    minus_step_size: f32,
+}
+
+impl Rule {
+    fn new(config: &AdamConfig, lr: f64, clip: f64, step: u64) -> Self {
+        let correction = |beta: f64| 1.0 - beta.powf(step as f64);
+        let decoupled = config.decoupled_weight_decay;
+        Self {
+            clip: clip as f32,
+            decay_into_gradient: if decoupled { 0.0 } else { config.weight_decay as f32 },
+            shrink: if decoupled { (1.0 - lr * config.weight_decay) as f32 } else { 1.0 },
+            one_minus_beta1: (1.0 - config.beta1) as f32,
+            beta2: config.beta2 as f32,
+            one_minus_beta2: (1.0 - config.beta2) as f32,
+            root_correction2: correction(config.beta2).sqrt() as f32,
+            eps: config.eps as f32,
+            minus_step_size: (-lr / correction(config.beta1)) as f32,
+        }
+    }
+
+    fn update(&self, parameter: &mut [f32], gradient: &[f32], moments: &mut Moments) {
+        let slices = parameter.par_chunks_mut(SLICE).zip(gradient.par_chunks(SLICE));
+        let state = moments.m.par_chunks_mut(SLICE).zip(moments.v.par_chunks_mut(SLICE));
+        slices.zip(state).for_each(|((p, g), (m, v))| self.update_slice(p, g, m, v));
+    }
+
+    fn update_slice(&self, parameter: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32]) {
+        for (((p, &g), m), v) in parameter.iter_mut().zip(gradient).zip(m).zip(v) {
+            let g = g * self.clip + self.decay_into_gradient * *p;
+            *p *= self.shrink;
+            *m += self.one_minus_beta1 * (g - *m);
+            *v = *v * self.beta2 + self.one_minus_beta2 * (g * g);
+            let denominator = v.sqrt() / self.root_correction2 + self.eps;
+            *p += self.minus_step_size * (*m / denominator);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generate::fake::FakeModel;
+
+    fn model(values: &[f32], gradient: &[f32]) -> FakeModel {
+        FakeModel::with_param("w", values, gradient)
+    }
+
+    /// PyTorch 2.x, `AdamW([1.0, -2.0, 0.5], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)`, worked by hand:
+    /// the first step moves each weight by lr against the gradient's sign after shrinking it by 1 − lr·wd.
+    #[test]
+    fn first_step_has_the_size_of_the_learning_rate() {
+        let mut m = model(&[1.0, -2.0, 0.5], &[0.3, -4.0, 0.02]);
+        let config = AdamConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled_weight_decay: true };
+        let mut adam = Adam::new(config, m.params());
+        let stats = adam.step(&mut m, 0.1, None).unwrap();
+        assert!(stats.finite && !stats.clipped);
+        assert!((stats.grad_norm - (0.09f64 + 16.0 + 0.0004).sqrt()).abs() < 1e-6);
+        for (got, want) in m.read_param(0).iter().zip([0.99 - 0.1, -1.98 + 0.1, 0.495 - 0.1]) {
+            assert!((got - want).abs() < 1e-6, "{got} {want}");
+        }
+    }
+
+    #[test]
+    fn many_steps_follow_the_recurrence_in_double_precision() {
+        for decoupled in [true, false] {
+            let config =
+                AdamConfig { decoupled_weight_decay: decoupled, beta1: 0.8, beta2: 0.9, eps: 1e-3, weight_decay: 0.2 };
+            let mut fake = model(&[0.7], &[0.0]);
+            let mut adam = Adam::new(config.clone(), fake.params());
+            let (mut p, mut m, mut v) = (0.7f64, 0.0f64, 0.0f64);
+            for step in 1..=20 {
+                let gradient = (step as f64 * 1.3).sin();
+                fake.set_gradient(&[gradient as f32]);
+                adam.step(&mut fake, 0.05, Some(0.5)).unwrap();
+                let mut g = gradient * (0.5 / (gradient.abs() + 1e-6)).min(1.0);
+                if decoupled {
+                    p *= 1.0 - 0.05 * 0.2
+                } else {
+                    g += 0.2 * p
+                }
+                m = 0.8 * m + 0.2 * g;
+                v = 0.9 * v + 0.1 * g * g;
+                let (c1, c2) = (1.0 - 0.8f64.powi(step), 1.0 - 0.9f64.powi(step));
+                p -= 0.05 / c1 * m / ((v / c2).sqrt() + 1e-3);
+                assert!((f64::from(fake.read_param(0)[0]) - p).abs() < 2e-6, "step {step}");
+            }
+        }
+    }
+
+    #[test]
+    fn clips_only_when_asked_and_needed() {
+        for (clip, clipped) in
+            [(None, false), (Some(0.0), false), (Some(-1.0), false), (Some(1.0), true), (Some(100.0), false)]
+        {
+            let mut m = model(&[1.0, 1.0], &[3.0, 4.0]);
+            let mut adam = Adam::new(AdamConfig::default(), m.params());
+            let stats = adam.step(&mut m, 0.1, clip).unwrap();
+            assert_eq!((stats.grad_norm, stats.clipped), (5.0, clipped), "{clip:?}");
+        }
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_changes_nothing() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut m = model(&[1.0, 1.0], &[3.0, bad]);
+            let mut adam = Adam::new(AdamConfig::default(), m.params());
+            let stats = adam.step(&mut m, 0.1, Some(1.0)).unwrap();
+            assert!(!stats.finite);
+            assert_eq!((m.read_param(0), adam.steps()), (vec![1.0, 1.0], 0));
+            assert!(adam.state().all(|(_, s)| s.m == [0.0, 0.0] && s.v == [0.0, 0.0]));
+        }
+    }
+
+    #[test]
+    fn state_goes_through_a_checkpoint() {
+        let mut a = model(&[1.0, 2.0], &[0.5, -0.25]);
+        let mut adam = Adam::new(AdamConfig::default(), a.params());
+        adam.step(&mut a, 0.1, None).unwrap();
+        let mut b = model(&a.read_param(0), &[0.5, -0.25]);
+        let mut resumed = Adam::new(AdamConfig::default(), b.params());
+        let saved: Vec<(String, Moments)> = adam.state().map(|(n, s)| (n.to_owned(), s.clone())).collect();
+        resumed.load_state(adam.steps(), &mut |name| saved.iter().find(|s| s.0 == name).map(|s| s.1.clone())).unwrap();
+        adam.step(&mut a, 0.1, None).unwrap();
+        resumed.step(&mut b, 0.1, None).unwrap();
+        assert_eq!(a.read_param(0), b.read_param(0));
+        let missing = resumed.load_state(1, &mut |_| None).unwrap_err();
+        assert!(missing.to_string().contains("`w`"));
+        let short = resumed.load_state(1, &mut |_| Some(Moments { m: vec![0.0], v: vec![0.0] })).unwrap_err();
+        assert!(short.to_string().contains("1 and 1 values, 2 expected"));
+    }
+}

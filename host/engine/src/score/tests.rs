@@ -1,0 +1,72 @@
+use super::*;
+use crate::generate::fake::{FakeModel, VOCAB, logits_after};
+
+fn log_softmax(z_v: &[f32]) -> Vec<f64> {
+    let sum: f64 = z_v.iter().map(|&z| f64::from(z).exp()).sum();
+    z_v.iter().map(|&z| f64::from(z) - sum.ln()).collect()
+}
+
+#[test]
+fn scores_are_those_of_the_model() {
+    let sequences: Vec<Vec<u32>> = (2..9).map(|n| (0..n).map(|i| (i * n * 7 + 3) % VOCAB as u32).collect()).collect();
+    let candidates: Vec<Vec<u32>> = sequences
+        .iter()
+        .map(|s| (1..s.len()).flat_map(|t| [t as u32, ABSENT, (t as u32 * 11) % 50]).collect())
+        .collect();
+    let requests: Vec<ScoreRequest<'_>> =
+        sequences.iter().zip(&candidates).map(|(ids, c)| ScoreRequest { ids, first: 1, candidates: Some(c) }).collect();
+    let mut expected: Option<Vec<Scored>> = None;
+    for (mini_batch, chunk_rows) in [(1, 1), (3, 2), (100, 100)] {
+        let mut model = FakeModel::new();
+        model.chunk_rows = chunk_rows;
+        let options = ScoreOptions { temperature: 0.8, top_k: 3, mini_batch, keep_hidden: true, head: true };
+        let scored = score(&mut model, &requests, &options).unwrap();
+        for (ids, s) in sequences.iter().zip(&scored) {
+            for t in 1..ids.len() {
+                let scaled: Vec<f32> = logits_after(&ids[..t]).iter().map(|z| z / 0.8).collect();
+                let exact = log_softmax(&scaled);
+                let near = |got: f32, want: f64| assert!((f64::from(got) - want).abs() < 1e-5, "{got} {want}");
+                near(s.logprobs[t - 1], exact[ids[t] as usize]);
+                near(s.entropy[t - 1], -exact.iter().map(|l| l * l.exp()).sum::<f64>());
+                near(s.candidate_logprobs[(t - 1) * 3], exact[t]);
+                assert_eq!(s.candidate_logprobs[(t - 1) * 3 + 1], f32::NEG_INFINITY);
+                assert_eq!(s.top_ids[(t - 1) * 3], s.top1[t - 1]);
+                for j in 0..3 {
+                    near(s.top_logprobs[(t - 1) * 3 + j], exact[s.top_ids[(t - 1) * 3 + j] as usize]);
+                }
+            }
+        }
+        assert_eq!(expected.get_or_insert(scored.clone()), &scored);
+    }
+}
+
+#[test]
+fn hidden_states_give_the_logits_back() {
+    let ids = [5, 9, 2, 7, 7];
+    let mut model = FakeModel::new();
+    let options = ScoreOptions { keep_hidden: true, head: false, ..ScoreOptions::default() };
+    let scored = score(&mut model, &[ScoreRequest { ids: &ids, first: 2, candidates: None }], &options).unwrap();
+    assert!(scored[0].logprobs.is_empty());
+    let mut source = HiddenLogits::new(&mut model, scored[0].hidden_rh.clone().unwrap()).unwrap();
+    let mut out = vec![1.0];
+    source.logits_rv(1..3, &mut out).unwrap();
+    assert_eq!(out, [logits_after(&ids[..3]), logits_after(&ids[..4])].concat());
+    assert!(source.logits_rv(1..4, &mut out).is_err());
+    assert!(HiddenLogits::new(&mut model, vec![0.0; 3]).is_err());
+}
+
+#[test]
+fn bad_requests_are_refused_by_index() {
+    let ok = [1u32, 2, 3];
+    let fails = |request: ScoreRequest<'_>| {
+        let good = ScoreRequest { ids: &ok, first: 1, candidates: None };
+        score(&mut FakeModel::new(), &[good, request], &ScoreOptions::default()).unwrap_err().to_string()
+    };
+    assert!(fails(ScoreRequest { ids: &ok, first: 3, candidates: None }).contains("score request 1"));
+    assert!(fails(ScoreRequest { ids: &ok, first: 0, candidates: None }).contains("score request 1"));
+    assert!(fails(ScoreRequest { ids: &[1, 50], first: 1, candidates: None }).contains("token 50"));
+    assert!(fails(ScoreRequest { ids: &ok, first: 1, candidates: Some(&[1, 2, 3]) }).contains("3 candidates for 2"));
+    assert!(fails(ScoreRequest { ids: &ok, first: 1, candidates: Some(&[1, 60]) }).contains("candidate 60"));
+    let none = ScoreOptions { mini_batch: 0, ..ScoreOptions::default() };
+    assert!(score(&mut FakeModel::new(), &[], &none).is_err());
+}

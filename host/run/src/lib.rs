@@ -1,0 +1,94 @@
+//! The roles of a run and the controller that drives them.
+//!
+//! [`run`] reads top to bottom: [`prepare`](prepare::prepare) checks everything before anything is written, the
+//! [`controller`] decides what happens next, and the [`session`] performs it with the roles ([`rollout`], [`teacher`],
+//! [`policy`], [`sft`], [`validation`]) in one process. Checkpoints ([`checkpoint`], [`resume`]) hold all of their state.
+//!
+//! This crate joins the others; it must not know wasmtime, or the tensors of a back end.
+
+use std::path::{Path, PathBuf};
+
+mod capabilities;
+pub mod checkpoint;
+pub mod controller;
+mod error;
+pub mod evaluate;
+pub mod export;
+pub mod plan;
+pub mod policy;
+pub mod prepare;
+pub mod records;
+pub mod resume;
+pub mod rollout;
+pub mod sample;
+pub mod score;
+pub mod session;
+pub mod sft;
+mod signals;
+pub mod student;
+pub mod task;
+pub mod teacher;
+pub mod validation;
+
+pub use error::{Result, RunError};
+
+/// What to run.
+pub struct RunOptions {
+    /// The configuration.
+    pub config: cosmos_config::Resolved,
+    /// Plugin components.
+    pub plugins: Vec<PathBuf>,
+    /// Continue from the newest good checkpoint, if there is one.
+    pub resume: bool,
+    /// Only check and print the plan.
+    pub dry_run: bool,
+}
+
+/// How a run ended.
+pub enum Outcome {
+    /// All steps made.
+    Done {
+        /// The result, already printed and written.
+        summary: cosmos_report::Summary,
+    },
+    /// Asked to leave: saved, to be resumed.
+    Saved {
+        /// Steps made.
+        step: u64,
+        /// Where they are.
+        checkpoint: PathBuf,
+    },
+    /// The plan was printed.
+    DryRun,
+}
+
+/// Runs a configuration to its end.
+pub fn run(options: RunOptions) -> Result<Outcome> {
+    let RunOptions { config: resolved, plugins, resume, dry_run } = options;
+    let wanted = resolved.config.train.resume.clone();
+    let output_dir = PathBuf::from(&resolved.config.train.output_dir);
+    if resolved.config.logging.logger.iter().any(|l| l == "wandb") {
+        tracing::warn!(
+            "`logging.logger` names wandb, which is not there yet; metrics go to `metrics.jsonl` and TensorBoard files"
+        );
+    }
+    let prepared = prepare::prepare(resolved, &plugins)?;
+    let plan = prepared.plan()?;
+    if dry_run {
+        plan.lines().iter().for_each(|line| println!("{line}"));
+        return Ok(Outcome::DryRun);
+    }
+    let resumed = match wanted {
+        cosmos_config::shapes::FlagOrText::Text(path) => Some(resume::from(Path::new(&path))?),
+        cosmos_config::shapes::FlagOrText::Flag(flag) if flag || resume => {
+            let found = resume::newest(&output_dir)?;
+            if found.is_none() {
+                tracing::warn!("nothing to resume under {}: starting from the beginning", output_dir.display());
+                resume::clear_unsaved(&output_dir)?;
+            }
+            found
+        }
+        cosmos_config::shapes::FlagOrText::Flag(_) => None,
+    };
+    session::Session::open(prepared, resumed, &plan.lines())?.run()
+}

@@ -1,0 +1,379 @@
+//! The policy role: one training step from completions and the teacher's answers.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+
+use cosmos_config::{Config, GrpoConfig, LossType as ConfigLoss, MassRule, ObjectiveKind, Variant as ConfigVariant};
+use cosmos_engine::model::{LogitsSource, Model};
+use cosmos_engine::objective::{
+    DistillKind, DistillSpec, LossType, Mass, Normaliser, ObjectiveSpec, PolicyLoss, Report, Sample, Summary,
+    TeacherView, Variant,
+};
+use cosmos_engine::score::{HiddenLogits, ScoreOptions, ScoreRequest, score};
+
+use crate::error::{Result, Role};
+use crate::rollout::Completion;
+use crate::student::Student;
+use crate::teacher::Answer;
+
+/// How steps are made.
+pub struct PolicyRole {
+    /// The objective.
+    pub spec: ObjectiveSpec,
+    mini_batch: usize,
+    tokens_max: Option<usize>,
+    optimize_batch: Option<usize>,
+    mu_iterations: usize,
+    rollout_is_old: bool,
+    wants_rollout: bool,
+}
+
+/// What a step did.
+#[derive(Debug, Default)]
+pub struct StepOutcome {
+    /// Numbers over every token of the step.
+    pub report: Report,
+    /// Largest micro-batch loss.
+    pub loss_max: f64,
+    /// Reference KL, largest micro-batch.
+    pub kl_loss_max: f64,
+    /// Largest gradient norm of its optimizer steps.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub learning_rate: f64,
+    /// Optimizer steps whose gradient was not finite; the weights did not change then.
+    pub skipped: u64,
+    /// Per-token divergence of each sample, for the record.
+    pub kl_of: HashMap<u64, Vec<f32>>,
+    /// Tokens that went through forward and backward.
+    pub tokens: u64,
+    /// Scored tokens that were the most likely ones (supervised fine-tuning).
+    pub top1: u64,
+}
+
+impl PolicyRole {
+    /// From the configuration.
+    pub fn new(config: &Config, grpo: &GrpoConfig) -> Result<Self> {
+        let spec = objective(config, grpo);
+        spec.check().role("student")?;
+        Ok(Self {
+            spec,
+            mini_batch: grpo.mini_batch,
+            tokens_max: grpo.max_token_len_per_mini_batch,
+            optimize_batch: grpo.batch_size_per_optimize,
+            mu_iterations: grpo.mu_iterations.max(1),
+            rollout_is_old: grpo.use_rollout_logprobs_for_loss,
+            wants_rollout: grpo.use_decoupled_loss || grpo.off_policy_masking_delta.is_some(),
+        })
+    }
+
+    /// Trains on `completions`. `answers` are the teacher's, by sample; a missing one masks its sample.
+    pub fn step(
+        &self,
+        student: &mut Student,
+        mut teacher: Option<&mut dyn Model>,
+        reference: Option<&mut dyn Model>,
+        completions: &[Completion],
+        mut answers: HashMap<u64, Answer>,
+        step: u64,
+    ) -> Result<StepOutcome> {
+        let mut hidden: Vec<Option<Vec<f32>>> = Vec::with_capacity(completions.len());
+        let mut samples: Vec<Sample> = Vec::with_capacity(completions.len());
+        for completion in completions {
+            let mut answer = answers.remove(&completion.sample);
+            hidden.push(answer.as_mut().and_then(|a| a.hidden_rh.take()));
+            samples.push(self.sample(completion, answer));
+        }
+        self.add_reference(reference, &mut samples)?;
+        let batch = self.optimize_batch.unwrap_or(samples.len()).clamp(1, samples.len().max(1));
+        let several_updates = batch < samples.len() || self.mu_iterations > 1;
+        if several_updates && !self.rollout_is_old {
+            let old = self.logprobs(student.model.as_mut(), &samples)?;
+            samples.iter_mut().zip(old).for_each(|(sample, old)| sample.old = Some(old));
+        }
+        let mut outcome = StepOutcome {
+            learning_rate: student.learning_rate(step),
+            loss_max: f64::NEG_INFINITY,
+            ..StepOutcome::default()
+        };
+        for iteration in 0..self.mu_iterations {
+            for start in (0..samples.len()).step_by(batch) {
+                let slice = start..(start + batch).min(samples.len());
+                let record = iteration == 0;
+                for micro in self.micro_batches(&samples, slice.clone()) {
+                    let share = micro.len() as f64 / slice.len() as f64;
+                    self.micro_step(
+                        student,
+                        &mut teacher,
+                        &samples,
+                        &hidden,
+                        micro,
+                        share,
+                        record,
+                        completions,
+                        &mut outcome,
+                    )?;
+                }
+                let stats = student.optimizer_step(step)?;
+                outcome.skipped += u64::from(!stats.finite);
+                outcome.grad_norm =
+                    if stats.grad_norm.is_finite() { outcome.grad_norm.max(stats.grad_norm) } else { stats.grad_norm };
+            }
+        }
+        Ok(outcome)
+    }
+
+    fn micro_step(
+        &self,
+        student: &mut Student,
+        teacher: &mut Option<&mut dyn Model>,
+        samples: &[Sample],
+        hidden: &[Option<Vec<f32>>],
+        micro: Range<usize>,
+        share: f64,
+        record: bool,
+        completions: &[Completion],
+        outcome: &mut StepOutcome,
+    ) -> Result<()> {
+        let own = &samples[micro.clone()];
+        let normaliser = Normaliser::of(&self.spec, own, share);
+        let full = matches!(self.spec.distill, Some(DistillSpec { kind: DistillKind::FullVocab, .. }));
+        let vocab = student.model.config().vocab_size;
+        let mut source = match (full, teacher.as_deref_mut()) {
+            (true, Some(teacher)) => {
+                let joined = hidden[micro.clone()].iter().flatten().flatten().copied().collect();
+                let width = teacher.config().vocab_size;
+                let inner = HiddenLogits::new(teacher, joined).role("teacher")?;
+                Some(SharedVocabulary { inner, width, vocab })
+            }
+            _ => None,
+        };
+        let source = source.as_mut().map(|s| s as &mut dyn LogitsSource);
+        let mut loss = PolicyLoss::new(&self.spec, own, normaliser, source).role("student")?;
+        if loss.rows() > 0 {
+            let (batch, positions) = loss.batch().role("student")?;
+            student.model.forward_backward(&batch, &positions, &mut loss).role("student")?;
+            outcome.tokens += batch.lens_b.iter().sum::<usize>() as u64;
+        }
+        if record {
+            for (index, completion) in completions[micro].iter().enumerate() {
+                let kl = loss.sample_kl(index);
+                let own = completion.tokens.len().min(kl.len());
+                outcome.kl_of.insert(completion.sample, kl[kl.len() - own..].to_vec());
+            }
+            let report = loss.into_report();
+            outcome.loss_max = outcome.loss_max.max(report.total / share);
+            outcome.kl_loss_max = outcome.kl_loss_max.max(report.kl_loss / share);
+            outcome.report.merge(report);
+        }
+        Ok(())
+    }
+
+    /// Consecutive samples: `mini_batch` at a time, or as many as fit `max_token_len_per_mini_batch`.
+    fn micro_batches(&self, samples: &[Sample], slice: Range<usize>) -> Vec<Range<usize>> {
+        let mut batches = Vec::new();
+        let mut start = slice.start;
+        let mut longest = 0;
+        for i in slice.clone() {
+            let length = samples[i].ids.len();
+            let full = match self.tokens_max {
+                Some(max) => i > start && longest.max(length) * (i - start + 1) > max,
+                None => i - start >= self.mini_batch,
+            };
+            if full {
+                batches.push(start..i);
+                (start, longest) = (i, 0);
+            }
+            longest = longest.max(length);
+        }
+        if start < slice.end {
+            batches.push(start..slice.end);
+        }
+        batches
+    }
+
+    fn sample(&self, completion: &Completion, answer: Option<Answer>) -> Sample {
+        let distilling = self.spec.distill.as_ref();
+        let (teacher, teacher_entropy, teacher_top1) = match (distilling, answer) {
+            (None, _) => (TeacherView::NotDistilled, None, None),
+            (Some(_), None) => (TeacherView::Missing, None, None),
+            (Some(distill), Some(answer)) => {
+                let view = match distill.kind {
+                    DistillKind::Sampled => TeacherView::Sampled(answer.logprobs),
+                    DistillKind::FullVocab => TeacherView::Full,
+                    _ => TeacherView::TopK { ids: answer.candidate_ids, logprobs: answer.candidate_logprobs },
+                };
+                (
+                    view,
+                    (!answer.entropy.is_empty()).then_some(answer.entropy),
+                    (!answer.top1.is_empty()).then_some(answer.top1),
+                )
+            }
+        };
+        Sample {
+            ids: completion.ids(),
+            prompt_len: completion.prompt_ids.len(),
+            advantage: completion.advantage,
+            old: self.rollout_is_old.then(|| completion.logprobs.clone()),
+            rollout: self.wants_rollout.then(|| completion.logprobs.clone()),
+            reference: None,
+            teacher,
+            teacher_entropy,
+            teacher_top1,
+        }
+    }
+
+    fn add_reference(&self, reference: Option<&mut dyn Model>, samples: &mut [Sample]) -> Result<()> {
+        if let (Some(reference), true) = (reference, self.spec.kl_beta != 0.0) {
+            let logprobs = self.logprobs(reference, samples)?;
+            samples.iter_mut().zip(logprobs).for_each(|(sample, l)| sample.reference = Some(l));
+        }
+        Ok(())
+    }
+
+    /// Log-probs of every scored token under the training temperature.
+    fn logprobs(&self, model: &mut dyn Model, samples: &[Sample]) -> Result<Vec<Vec<f32>>> {
+        let requests: Vec<ScoreRequest<'_>> = samples
+            .iter()
+            .map(|s| ScoreRequest { ids: &s.ids, first: s.first(&self.spec), candidates: None })
+            .collect();
+        let options =
+            ScoreOptions { temperature: self.spec.temperature, mini_batch: self.mini_batch, ..ScoreOptions::default() };
+        let scored = score(model, &requests, &options).role("student")?;
+        Ok(scored.into_iter().map(|s| s.logprobs).collect())
+    }
+}
+
+/// The teacher's logits over the student's vocabulary: checkpoints pad their heads to different widths beyond the
+/// tokens that both tokenizers share.
+struct SharedVocabulary<'a> {
+    inner: HiddenLogits<'a>,
+    width: usize,
+    vocab: usize,
+}
+
+impl LogitsSource for SharedVocabulary<'_> {
+    fn logits_rv(&mut self, rows: Range<usize>, out: &mut Vec<f32>) -> cosmos_engine::Result<()> {
+        self.inner.logits_rv(rows, out)?;
+        if self.width > self.vocab {
+            let kept: Vec<f32> = out.chunks_exact(self.width).flat_map(|row| &row[..self.vocab]).copied().collect();
+            *out = kept;
+        }
+        Ok(())
+    }
+}
+
+/// The objective that the configuration asks for.
+pub fn objective(config: &Config, grpo: &GrpoConfig) -> ObjectiveSpec {
+    let d = &config.distillation;
+    let distill = d.enable.then(|| DistillSpec {
+        kind: match (d.top_k, d.objective) {
+            (0, _) => DistillKind::Sampled,
+            (k, _) if k < 0 => DistillKind::FullVocab,
+            (_, ObjectiveKind::CosmosGjsd) => DistillKind::CosmosGjsd,
+            (_, ObjectiveKind::Gjsd) => DistillKind::Gjsd {
+                mass: match d.top_k_mass {
+                    MassRule::Tail => Mass::Tail,
+                    MassRule::Renormalize => Mass::Renormalize,
+                    MassRule::Raw => Mass::Raw,
+                },
+            },
+        },
+        beta: d.jsd_beta,
+        coef: d.kl_penalty_coef,
+        discount: d.kl_discount_factor,
+        kl_clip: d.kl_clip,
+        include_prompt: d.include_prompt,
+    });
+    ObjectiveSpec {
+        loss: match grpo.loss_type {
+            ConfigLoss::TokenMean => LossType::TokenMean,
+            ConfigLoss::SeqMeanTokenSum => LossType::SeqMeanTokenSum,
+            ConfigLoss::SeqMeanTokenMean => LossType::SeqMeanTokenMean,
+            ConfigLoss::TokenSum => LossType::TokenSum,
+        },
+        epsilon_low: grpo.epsilon_low,
+        epsilon_high: grpo.epsilon_high,
+        lower_bound_ratio: grpo.lower_bound_ratio,
+        temperature: grpo.temperature as f32,
+        kl_beta: grpo.kl_beta,
+        unbiased_kl_estimate: grpo.unbiased_kl_estimate,
+        variant: match grpo.variant {
+            ConfigVariant::Grpo => Variant::Grpo,
+            ConfigVariant::Gspo => Variant::Gspo,
+            ConfigVariant::Dapo => Variant::Dapo,
+        },
+        aipo_rho: grpo.aipo_rho,
+        off_policy_masking_delta: grpo.off_policy_masking_delta,
+        unbiased_loss_max_tokens: grpo.unbiased_loss_max_tokens,
+        entropy_coeff: grpo.entropy_coeff,
+        use_decoupled_loss: grpo.use_decoupled_loss,
+        behav_imp_weight_cap: grpo.behav_imp_weight_cap,
+        distill,
+    }
+}
+
+impl StepOutcome {
+    /// Metrics of the step, under the original's names where they exist.
+    pub fn metrics(&self, config: &Config) -> BTreeMap<String, f64> {
+        let mut m = BTreeMap::new();
+        let r = &self.report;
+        let mut put = |name: &str, value: f64| {
+            m.insert(format!("train/{name}"), value);
+        };
+        put("loss_avg", r.total);
+        put("loss_max", self.loss_max);
+        put("grad_norm", self.grad_norm);
+        put("learning_rate", self.learning_rate);
+        put("tokens", r.tokens as f64);
+        put("non_finite_rows", r.non_finite_rows as f64);
+        put("ratio_clipped_tokens", r.ratio_clipped_tokens as f64);
+        put("masked_sequences", r.masked_sequences as f64);
+        if let Some(mean) = r.ratio.mean() {
+            put("ratio_mean", mean);
+            put("ratio_max", r.ratio.max);
+        }
+        if let Some(s) = Summary::of(&r.student_entropy) {
+            put("effective_entropy", s.mean);
+        }
+        if config.train.train_policy.grpo().is_some_and(|g| g.kl_beta != 0.0) {
+            put("kl_loss_avg", r.kl_loss);
+            put("kl_loss_max", self.kl_loss_max);
+        }
+        let d = &config.distillation;
+        if d.enable {
+            let name = match d.top_k {
+                0 => "teacher_kl_reversed".to_string(),
+                k if k < 0 => "teacher_kl_jsd_full".to_string(),
+                k => format!("teacher_kl_jsd_top{k}"),
+            };
+            if let Some(s) = Summary::of(&r.kl) {
+                put(&name, s.mean);
+                for (suffix, value) in [("p10", s.p10), ("p50", s.p50), ("p90", s.p90), ("p99", s.p99), ("max", s.max)]
+                {
+                    put(&format!("{name}_{suffix}"), f64::from(value));
+                }
+            }
+            for (name, values) in [
+                ("teacher_kl_advantages", &r.kl_advantages),
+                ("teacher_kl_advantages_discounted", &r.kl_advantages_discounted),
+                ("teacher_entropy", &r.teacher_entropy),
+                ("top_k_mass_student", &r.top_k_mass_student),
+                ("top_k_mass_teacher", &r.top_k_mass_teacher),
+            ] {
+                if let Some(s) = Summary::of(values) {
+                    put(name, s.mean);
+                }
+            }
+            if let Some(share) = r.top1_agreement() {
+                put("teacher_top1_agreement", share);
+            }
+            if let Some(share) = r.kl_clipped_fraction().filter(|_| d.kl_clip.is_some()) {
+                put("teacher_kl_clipped_ratio", share);
+            }
+            put("teacher_missing_samples", r.missing_samples as f64);
+            put("teacher_missing_tokens", r.missing_tokens as f64);
+        }
+        m
+    }
+}

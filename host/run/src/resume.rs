@@ -1,0 +1,72 @@
+//! Finding where an earlier part of a run left off.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::{self, Snapshot};
+use crate::error::{Result, RunError};
+use crate::session::RunState;
+
+/// An earlier part of a run.
+pub struct Resumed {
+    /// Its run folder, which the rest of the run continues.
+    pub run_folder: PathBuf,
+    /// The checkpoint.
+    pub checkpoint: PathBuf,
+    /// Weights and optimizer.
+    pub snapshot: Snapshot,
+    /// The run's own state.
+    pub state: RunState,
+}
+
+/// The newest good checkpoint of `output_dir` or, as in the original, of a sibling named by a timestamp.
+pub fn newest(output_dir: &Path) -> Result<Option<Resumed>> {
+    let mut folders = vec![output_dir.to_path_buf()];
+    let parent = output_dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut siblings: Vec<PathBuf> = fs::read_dir(parent)
+        .into_iter()
+        .flatten()
+        .filter_map(|e| e.ok())
+        .filter(|e| is_timestamp(&e.file_name().to_string_lossy()))
+        .map(|e| e.path())
+        .collect();
+    siblings.sort();
+    folders.extend(siblings.into_iter().rev());
+    for folder in folders {
+        if let Some(found) = checkpoint::newest(&folder.join("checkpoints"))? {
+            return from(&found).map(Some);
+        }
+    }
+    Ok(None)
+}
+
+fn is_timestamp(name: &str) -> bool {
+    name.len() == 14 && name.bytes().all(|b| b.is_ascii_digit())
+}
+
+/// A named checkpoint.
+pub fn from(folder: &Path) -> Result<Resumed> {
+    let (snapshot, _) = checkpoint::read(folder)?;
+    let state: RunState = serde_json::from_value(snapshot.state.clone()).map_err(|e| RunError::Checkpoint {
+        path: folder.to_path_buf(),
+        message: format!("`state.json` is not a run's state: {e}"),
+        hint: "it was written by another version of this program".into(),
+    })?;
+    let run_folder = folder.parent().and_then(Path::parent).ok_or_else(|| {
+        RunError::config("", format!("{} lies in no run folder", folder.display()), "name `RUN/checkpoints/step_N`")
+    })?;
+    Ok(Resumed { run_folder: run_folder.to_path_buf(), checkpoint: folder.to_path_buf(), snapshot, state })
+}
+
+/// Removes the records of a run that died before its first checkpoint, so that it can start again in its folder.
+pub fn clear_unsaved(run_folder: &Path) -> Result<()> {
+    for name in ["metrics.jsonl", "samples.jsonl", "config.json", "config.toml", "plugins.json", "tensorboard"] {
+        let path = run_folder.join(name);
+        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        match removed {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => return Err(RunError::Io { path, source }),
+            _ => {}
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,5 @@
+//! One integration binary for the whole workspace.
+
+mod cli;
+mod golden;
+mod run;

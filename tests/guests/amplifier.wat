@@ -1,0 +1,16 @@
+;; Returns 60 results that all point to the same megabyte of text: 60 MB for the host from 1 MB of the guest.
+(func $init (param i32 i32 i32 i32) (result i32) (call $init_ok))
+(func $score (param $samples i32) (param $count i32) (result i32)
+  (local $list i32) (local $item i32) (local $text i32)
+  (if (i32.lt_s (call $guilty (local.get $samples) (local.get $count)) (i32.const 0))
+    (then (return (call $lengths (local.get $samples) (local.get $count)))))
+  (local.set $text (call $alloc (i32.const 0x100000)))
+  (memory.fill (local.get $text) (i32.const 97) (i32.const 0x100000))
+  (local.set $list (call $alloc (i32.const 8)))
+  (i32.store (local.get $list) (call $alloc (i32.const 1440)))
+  (i32.store offset=4 (local.get $list) (i32.const 60))
+  (loop $next
+    (call $fail (local.get $list) (local.get $item) (local.get $text) (i32.const 0x100000))
+    (local.set $item (i32.add (local.get $item) (i32.const 1)))
+    (br_if $next (i32.lt_u (local.get $item) (i32.const 60))))
+  (local.get $list))

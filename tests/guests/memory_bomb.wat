@@ -1,0 +1,9 @@
+;; Takes all the memory it can get, then aborts as Rust's allocator does.
+(func $init (param i32 i32 i32 i32) (result i32) (call $init_ok))
+
+(func $score (param $samples i32) (param $count i32) (result i32)
+  (if (i32.ge_s (call $guilty (local.get $samples) (local.get $count)) (i32.const 0))
+    (then
+      (loop $more (br_if $more (i32.ne (memory.grow (i32.const 16)) (i32.const -1))))
+      unreachable))
+  (call $lengths (local.get $samples) (local.get $count)))

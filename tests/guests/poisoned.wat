@@ -1,0 +1,10 @@
+;; A completion that starts with `!` poisons the instance: whatever comes after it in this instance traps.
+(func $init (param i32 i32 i32 i32) (result i32) (call $init_ok))
+(global $poisoned (mut i32) (i32.const 0))
+(func $score (param $samples i32) (param $count i32) (result i32)
+  (local $list i32)
+  (if (global.get $poisoned) (then unreachable))
+  (local.set $list (call $lengths (local.get $samples) (local.get $count)))
+  (if (i32.ge_s (call $guilty (local.get $samples) (local.get $count)) (i32.const 0))
+    (then (global.set $poisoned (i32.const 1))))
+  (local.get $list))

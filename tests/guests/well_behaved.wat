@@ -1,0 +1,10 @@
+;; Scores the length of a completion; one that starts with `?` gets a sample error.
+(func $init (param i32 i32 i32 i32) (result i32) (call $init_ok))
+(data (i32.const 2048) "no\nidea")
+(func $score (param $samples i32) (param $count i32) (result i32)
+  (local $list i32) (local $item i32)
+  (local.set $list (call $lengths (local.get $samples) (local.get $count)))
+  (local.set $item (call $find (local.get $samples) (local.get $count) (i32.const 63)))
+  (if (i32.ge_s (local.get $item) (i32.const 0))
+    (then (call $fail (local.get $list) (local.get $item) (i32.const 2048) (i32.const 7))))
+  (local.get $list))
