@@ -136,6 +136,7 @@ impl Document {
 
     /// Lays `a.b=c` over the file. The value is read as TOML; where that fails, or where the key wants a string and the
     /// text is not one, the text itself is the value.
+    #[expect(clippy::result_large_err, reason = "made once per argument of the command line")]
     pub fn apply_override(&mut self, argument: &str) -> Result<(), Problem> {
         let problem = |key: &str, message: String, hint: Option<String>| Problem {
             severity: Severity::Error,

@@ -337,7 +337,7 @@ impl Rules<'_> {
             "distillation.mini_batch",
             "distillation.parallelism.dp_shard_size",
         ];
-        if batch % ranks != 0 {
+        if !batch.is_multiple_of(ranks) {
             let message = format!(
                 "`distillation.batch_size_per_replica` is {batch}, which `distillation.parallelism.dp_shard_size` = {ranks} does not divide"
             );

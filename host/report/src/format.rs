@@ -14,7 +14,7 @@ pub fn format_number(value: f64) -> String {
     }
     if magnitude == 0.0 {
         "0".into()
-    } else if magnitude >= 1e9 || magnitude < 1e-4 {
+    } else if !(1e-4..1e9).contains(&magnitude) {
         format!("{value:.2e}")
     } else if magnitude >= 1000.0 {
         let sign = if value < 0.0 { "-" } else { "" };
@@ -80,7 +80,7 @@ mod tests {
             (0.0, "0"),
             (1234567.0, "1,234,567"),
             (-1234.4, "-1,234"),
-            (3.14159, "3.142"),
+            (2.71234, "2.712"),
             (0.00123, "0.0012"),
             (1.2e-7, "1.20e-7"),
             (5e12, "5.00e12"),

@@ -181,7 +181,7 @@ impl Controller {
 
     /// What to do next. `Train` takes its samples out of the buffer, `Generate` advances the cursor; the runtime must
     /// answer each action with its event before it asks again.
-    pub fn next(&mut self) -> Action {
+    pub fn next_action(&mut self) -> Action {
         if self.stop {
             return Action::Leave;
         }
@@ -247,7 +247,7 @@ impl Controller {
         if self.step == 0 || self.saved_at == Some(self.step) {
             return false;
         }
-        (save_freq > 0 && self.step % save_freq == 0) || (done && save_last)
+        (save_freq > 0 && self.step.is_multiple_of(save_freq)) || (done && save_last)
     }
 }
 
@@ -277,7 +277,7 @@ mod tests {
     fn drive(mut controller: Controller, n: u64) -> Vec<Action> {
         let mut actions = Vec::new();
         loop {
-            let action = controller.next();
+            let action = controller.next_action();
             actions.push(action.clone());
             match action {
                 Action::Generate { first, count, version } => controller.apply(Event::Generated {
@@ -343,7 +343,7 @@ mod tests {
     fn a_run_whose_generations_all_fail_ends() {
         let mut controller = Controller::new(Policy { validation_freq: 0, ..policy() });
         for _ in 0..100 {
-            match controller.next() {
+            match controller.next_action() {
                 Action::Generate { .. } => controller.apply(Event::Generated { samples: Vec::new() }),
                 Action::Finish => return,
                 other => panic!("{other:?}"),
@@ -360,7 +360,7 @@ mod tests {
         for _ in 0..13 {
             let text = serde_json::to_string(&controller).unwrap();
             controller = serde_json::from_str(&text).unwrap();
-            let action = controller.next();
+            let action = controller.next_action();
             seen.push(action.clone());
             match action {
                 Action::Generate { first, count, version } => controller.apply(Event::Generated {

@@ -49,7 +49,7 @@ pub enum Outcome {
     /// All steps made.
     Done {
         /// The result, already printed and written.
-        summary: cosmos_report::Summary,
+        summary: Box<cosmos_report::Summary>,
     },
     /// Asked to leave: saved, to be resumed.
     Saved {

@@ -58,7 +58,7 @@ impl Plan {
         let context = config.policy.model_max_length as u64;
         let response = (config.rollout.max_response_length as u64).min(context);
         let training_tokens = mini_batch * context.min(response * 2);
-        let parameters = student.parameter_count() as u64;
+        let parameters = student.parameter_count();
         let mut memory = vec![RoleMemory {
             role: "student",
             parameters,
@@ -76,7 +76,7 @@ impl Plan {
             });
         }
         if let Some(teacher) = teacher {
-            let parameters = teacher.parameter_count() as u64;
+            let parameters = teacher.parameter_count();
             memory.push(RoleMemory {
                 role: "teacher",
                 parameters,

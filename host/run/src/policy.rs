@@ -266,7 +266,7 @@ impl LogitsSource for SharedVocabulary<'_> {
 /// The objective that the configuration asks for.
 pub fn objective(config: &Config, grpo: &GrpoConfig) -> ObjectiveSpec {
     let d = &config.distillation;
-    let distill = d.enable.then(|| DistillSpec {
+    let distill = d.enable.then_some(DistillSpec {
         kind: match (d.top_k, d.objective) {
             (0, _) => DistillKind::Sampled,
             (k, _) if k < 0 => DistillKind::FullVocab,

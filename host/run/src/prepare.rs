@@ -28,11 +28,11 @@ pub enum Kind {
         /// The training step.
         role: Box<PolicyRole>,
         /// How completions are sampled.
-        sampling: Sampling,
+        sampling: Box<Sampling>,
         /// The reward of training completions, unless bypassed.
         reward: Option<Scorer>,
         /// The teacher, when distilling.
-        teacher: Option<TeacherRole>,
+        teacher: Option<Box<TeacherRole>>,
         /// The frozen copy that `kl_beta` pulls towards.
         reference: Option<Box<dyn Model>>,
     },
@@ -133,7 +133,7 @@ pub fn prepare(resolved: Resolved, plugin_paths: &[PathBuf]) -> Result<Prepared>
     let plugins = Plugins::load(plugin_paths, config, Some(&text))?;
     let table = json_of(config.train.train_policy.dataset());
     let mut dataset = training_dataset(&resolved, &plugins, &table)?;
-    if dataset.len() == 0 {
+    if dataset.is_empty() {
         return Err(RunError::config(
             place(&resolved, "train.train_policy.dataset.name"),
             "the training dataset is empty",
@@ -317,7 +317,7 @@ fn kind(
         if !config.distillation.rollout_top_k_recompute {
             candidates = teacher.wanted().student_candidates();
         }
-        Some(teacher)
+        Some(Box::new(teacher))
     } else {
         None
     };
@@ -336,7 +336,7 @@ fn kind(
     };
     let seed = config.rollout.seed.or(config.train.seed).unwrap_or(0) as u64;
     let sampling = training_sampling(config, generation.eos_token_ids.clone(), candidates, seed);
-    Ok(Kind::Policy { role: Box::new(role), sampling, reward, teacher, reference })
+    Ok(Kind::Policy { role: Box::new(role), sampling: Box::new(sampling), reward, teacher, reference })
 }
 
 fn teacher(resolved: &Resolved, text: &Text, student: &ModelConfig, role: &PolicyRole) -> Result<TeacherRole> {

@@ -121,7 +121,7 @@ impl Session {
             if self.stop.is_set() {
                 self.controller.apply(Event::StopRequested);
             }
-            let performed = match self.controller.next() {
+            let performed = match self.controller.next_action() {
                 Action::Generate { first, count, version } => self.generate(first, count, version),
                 Action::Train { step, samples, outdated } => self.train(step, &samples, &outdated),
                 Action::Validate { step } => self.validate(step),
@@ -305,7 +305,7 @@ impl Session {
         let Some(grpo) = self.prepared.resolved.config.train.train_policy.grpo() else {
             return Ok(());
         };
-        let due = grpo.reference_reset_interval.is_some_and(|every| every > 0 && step % every as u64 == 0);
+        let due = grpo.reference_reset_interval.is_some_and(|every| every > 0 && step.is_multiple_of(every as u64));
         let Kind::Policy { reference: Some(reference), .. } = &mut self.prepared.kind else {
             return Ok(());
         };
@@ -522,7 +522,7 @@ impl Session {
         };
         summary.write(&self.records.folder)?;
         println!("{}", summary.render(None).trim_end());
-        Ok(Outcome::Done { summary })
+        Ok(Outcome::Done { summary: Box::new(summary) })
     }
 
     fn draw_curve(&self) -> Result<bool> {

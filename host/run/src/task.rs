@@ -108,6 +108,11 @@ impl Dataset {
         }
     }
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Prompts at `indices`; a failed one is `Err` with its reason and costs only itself.
     pub fn get(&mut self, indices: &[u64], text: &Text) -> Result<Vec<std::result::Result<Item, String>>> {
         match self {

@@ -176,7 +176,7 @@ fn countdown_needs_no_grant_and_holds_problems_out() {
     }
     assert!(!pairs[1].is_empty() && pairs[0].is_disjoint(&pairs[1]), "held-out problems are not trained on");
     let error =
-        plugin.dataset("train", r#"{"custom":{"countdown":{"numbres":4}}}"#).err().expect("an unknown key is refused");
+        plugin.dataset("train", r#"{"custom":{"countdown":{"numbres":4}}}"#).expect_err("an unknown key is refused");
     assert!(error.to_string().contains("numbres"), "{error}");
 }
 
@@ -261,7 +261,7 @@ fn deepmath_examples_are_the_recipes_own() {
         (r#"{"dataset":{"name":"in/memory"},"custom":{"deepmath":{"question_column":"ask"}}}"#, "no column `ask`"),
         ("{}", "dataset.name"),
     ] {
-        let error = plugin.dataset("train", settings).err().expect("it is refused").to_string();
+        let error = plugin.dataset("train", settings).expect_err("it is refused").to_string();
         assert!(error.contains(words), "{error}");
     }
 }

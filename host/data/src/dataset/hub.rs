@@ -145,7 +145,7 @@ impl<'a> Repository<'a> {
         let empty =
             Self { name, options, folder, commit: String::new(), files: Vec::new(), agent: None, downloaded_bytes: 0 };
         if options.offline {
-            return empty.from_cache(revision);
+            return empty.cached(revision);
         }
         let agent = agent(options);
         match list(&agent, name, revision, options) {
@@ -154,7 +154,7 @@ impl<'a> Repository<'a> {
                 found.keep_reference(revision)?;
                 Ok(found)
             }
-            Err(error) if unreachable(&error) => match empty.from_cache(revision) {
+            Err(error) if unreachable(&error) => match empty.cached(revision) {
                 Ok(cached) => {
                     tracing::warn!("{error}; using the copy of `{name}` in the cache");
                     Ok(cached)
@@ -165,7 +165,7 @@ impl<'a> Repository<'a> {
         }
     }
 
-    fn from_cache(mut self, revision: &str) -> Result<Self, DataError> {
+    fn cached(mut self, revision: &str) -> Result<Self, DataError> {
         let missing =
             || DataError::Offline { name: self.name.to_owned(), file: None, cache: self.options.cache_dir.clone() };
         if !files::is_inside(revision) {

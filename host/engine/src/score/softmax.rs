@@ -15,7 +15,7 @@ pub(crate) fn exp_nonpositive(x: f32) -> f32 {
     let clamped = if x > EXP_MIN { x } else { EXP_MIN };
     let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
-    let r = (clamped - n * 0.693_359_375) + n * 2.121_944_4e-4;
+    let r = (clamped - n * 0.693_359_4) + n * 2.121_944_4e-4;
     // Taylor up to r^7: the remainder is below 1e-8 on this interval.
     let mut p = 1.0 / 5040.0;
     p = p * r + 1.0 / 720.0;

@@ -122,17 +122,17 @@ fn gradients_agree_with_finite_differences() {
         let mut model = random(&config, 11);
         let batch = batch(&sequences(&[5, 3, 6], config.vocab_size));
         let found = grads(&mut *model, &batch, &positions(&batch));
-        for index in 0..found.len() {
+        for (index, found) in found.iter().enumerate() {
             let name = model.params()[index].name.clone();
             let values = model.read_param(index);
             // Along the gradient itself the difference is largest and rounding matters least.
-            let norm = found[index].iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            let norm = found.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
             assert!(norm > 1e-3, "{name}: the gradient vanishes");
             let step = 2e-3 / norm;
             let mut at = |sign: f64| {
                 let moved: Vec<f32> = values
                     .iter()
-                    .zip(&found[index])
+                    .zip(found)
                     .map(|(v, g)| (f64::from(*v) + sign * step * f64::from(*g)) as f32)
                     .collect();
                 model.write_param(index, &moved).unwrap();
