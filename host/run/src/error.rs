@@ -91,6 +91,10 @@ impl RunError {
             Self::Broker(e) => e.hint().map(|h| h.to_string()).unwrap_or_default(),
             Self::Report(e) => e.hint().map(|h| h.to_string()).unwrap_or_default(),
             Self::During { source, .. } => source.hint().unwrap_or_default(),
+            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+                "free space and continue with `--resume`; `train.ckpt.max_keep` bounds how many checkpoints are kept"
+                    .into()
+            }
             Self::Io { .. } => String::new(),
         };
         (!text.is_empty()).then_some(text)

@@ -113,13 +113,20 @@ impl Plan {
             lines.push(format!("validation on {} held-out prompts", self.validation_prompts));
         }
         for m in &self.memory {
-            lines.push(format!(
-                "{:<8} {:>10} parameters, {} of weights and optimizer, up to {} of caches and activations",
-                m.role,
-                if m.parameters == 0 { "shared".to_string() } else { cosmos_report::format_count(m.parameters) },
-                bytes(m.weights_bytes),
-                bytes(m.activations_bytes)
-            ));
+            let held = bytes(m.activations_bytes);
+            lines.push(match (m.role, m.parameters) {
+                ("rollout", _) => format!("rollout: the student's weights, up to {held} of KV cache"),
+                ("teacher", n) => format!(
+                    "teacher: {} parameters, {} of weights, up to {held} of activations",
+                    cosmos_report::format_count(n),
+                    bytes(m.weights_bytes)
+                ),
+                (role, n) => format!(
+                    "{role}: {} parameters, {} of weights, gradients and optimizer, up to {held} of activations",
+                    cosmos_report::format_count(n),
+                    bytes(m.weights_bytes)
+                ),
+            });
         }
         lines
     }

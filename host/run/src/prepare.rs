@@ -383,13 +383,7 @@ fn validation(
         return Ok(None);
     }
     let table = json_of(&config.validation.dataset);
-    let Some(mut dataset) = plugins.dataset(OfferRole::Validation, None, &table)? else {
-        return Err(RunError::config(
-            place(resolved, "validation.enable"),
-            "validation is on, but no plugin offers a validation dataset",
-            "pass a plugin that does, or set `validation.enable = false`",
-        ));
-    };
+    let mut dataset = validation_dataset(resolved, plugins, &table)?;
     let indices: Vec<(u64, u64)> = (0..dataset.len()).map(|i| (i, i)).collect();
     if indices.is_empty() {
         return Err(RunError::config(
@@ -421,6 +415,24 @@ fn validation(
         mini_batch: config.distillation.mini_batch.max(1),
         temperature,
     }))
+}
+
+/// A plugin's, else the columns of `validation.dataset` under the training set's names, as in the original.
+fn validation_dataset(resolved: &Resolved, plugins: &Plugins, table: &Value) -> Result<Dataset> {
+    if let Some(dataset) = plugins.dataset(OfferRole::Validation, None, table)? {
+        return Ok(dataset);
+    }
+    let config = &resolved.config;
+    match config.train.train_policy.grpo() {
+        Some(grpo) if !config.validation.dataset.name.is_empty() && !grpo.prompt_column_name.is_empty() => {
+            column_dataset(table, &grpo.prompt_column_name, &grpo.response_column_name, false, "")
+        }
+        _ => Err(RunError::config(
+            place(resolved, "validation.enable"),
+            "validation is on, but no plugin offers a validation dataset and no `validation.dataset.name` with `train.train_policy.prompt_column_name` is given",
+            "pass a plugin that does, or set `validation.enable = false`",
+        )),
+    }
 }
 
 fn controller_policy(resolved: &Resolved, dataset: &Dataset, kind: &Kind, validating: bool) -> Result<Policy> {

@@ -206,7 +206,12 @@ impl Session {
         let Some((outcome, mut metrics)) = made else {
             return Ok(None);
         };
-        let seconds = started.elapsed().as_secs_f64() + std::mem::take(&mut self.generation_seconds);
+        let generation_seconds = std::mem::take(&mut self.generation_seconds);
+        let generated = std::mem::take(&mut self.generated_tokens);
+        if generation_seconds > 0.0 {
+            metrics.insert("rollout/tokens_per_second".into(), generated as f64 / generation_seconds);
+        }
+        let seconds = started.elapsed().as_secs_f64() + generation_seconds;
         metrics.insert("train/iteration_time".into(), seconds);
         metrics.insert("train/total_steps".into(), self.prepared.policy.total_steps() as f64);
         metrics
@@ -274,6 +279,8 @@ impl Session {
                 self.records.history.scoring.add(stats.tokens, stats.seconds);
                 metrics.insert("teacher/queue_depth_max".to_string(), stats.depth_max as f64);
                 metrics.insert("teacher/seconds".to_string(), stats.seconds);
+                metrics.insert("teacher/tokens_per_second".to_string(), stats.tokens as f64 / stats.seconds.max(1e-9));
+                metrics.insert("teacher/latency_max_seconds".to_string(), stats.latency_ms_max as f64 / 1e3);
                 answers.extend(teacher::collect(&self.broker, &wanted, n, wait_ms_max)?);
             }
         }
@@ -282,7 +289,9 @@ impl Session {
         let teacher_model = teacher.as_mut().map(|t| &mut *t.model as &mut (dyn Model + '_));
         let reference_model = reference.as_mut().map(|m| &mut **m as &mut (dyn Model + '_));
         let outcome = role.step(&mut self.student, teacher_model, reference_model, &completions, answers, step - 1)?;
-        self.records.history.training.add(outcome.tokens, started.elapsed().as_secs_f64());
+        let seconds = started.elapsed().as_secs_f64();
+        self.records.history.training.add(outcome.tokens, seconds);
+        metrics.insert("train/tokens_per_second".into(), outcome.tokens as f64 / seconds.max(1e-9));
         metrics.extend(outcome.metrics(config));
         completion_metrics(&completions, &mut metrics);
         let staleness = mean_std_max_min(completions.iter().map(|c| (step - 1 - c.version) as f64));

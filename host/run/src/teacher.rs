@@ -102,6 +102,8 @@ pub struct TeacherStats {
     pub seconds: f64,
     /// Longest queue seen.
     pub depth_max: usize,
+    /// Longest time from a request to its stored result, in milliseconds, over the whole run.
+    pub latency_ms_max: u64,
 }
 
 impl TeacherRole {
@@ -133,6 +135,7 @@ impl TeacherRole {
             }
         }
         stats.seconds = started.elapsed().as_secs_f64();
+        stats.latency_ms_max = broker.stats()?.latency_ms_max;
         Ok(stats)
     }
 

@@ -100,7 +100,7 @@ pub fn metrics(run: &Path) -> Vec<Value> {
             value
                 .as_object_mut()
                 .unwrap()
-                .retain(|name, _| name != "wall_s" && !name.contains("time") && !name.contains("seconds"));
+                .retain(|name, _| name != "wall_s" && !name.contains("time") && !name.contains("second"));
             value
         })
         .collect()
