@@ -3,7 +3,9 @@
 mod sampler;
 mod scheduler;
 pub use sampler::{Sampler, SamplingParams};
-pub use scheduler::{FinishReason, GenerateOptions, GenerateRequest, GenerateStats, Generated, generate};
+pub use scheduler::{
+    FinishReason, GenerateOptions, GenerateRequest, GenerateStats, Generated, generate, generate_streaming,
+};
 
 #[cfg(test)]
 pub(crate) mod fake;

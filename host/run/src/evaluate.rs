@@ -97,6 +97,7 @@ pub fn evaluate(options: &EvalOptions) -> Result<EvalReport> {
         slots: config.host.decode_slots,
         candidates: 0,
         logprobs: false,
+        logprob_temperature: 1.0,
     };
     let Some((completions, stats)) = roll_out(model.as_mut(), &text, &jobs, &sampling, 0, &|| false)? else {
         return Err(RunError::config("", "the evaluation was interrupted", ""));

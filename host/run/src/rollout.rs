@@ -32,7 +32,7 @@ pub struct Completion {
     pub text: String,
     /// Whether it ended by itself rather than by a limit.
     pub stopped: bool,
-    /// Log-prob of each token under the rollout's weights, temperature 1. `[t]`
+    /// Log-prob of each token under the rollout's weights and the training temperature, where they were recorded. `[t]`
     #[serde(with = "bits")]
     pub logprobs: Vec<f32>,
     /// Candidate ids of each position where the objective wants the student's support. `[t · k]`
@@ -99,6 +99,8 @@ pub struct Sampling {
     pub candidates: usize,
     /// Whether the log-probs of the sampled tokens are recorded.
     pub logprobs: bool,
+    /// Temperature of those log-probs: the trainer's, so that they can stand for the old policy.
+    pub logprob_temperature: f32,
 }
 
 /// Numbers of one generation phase.
@@ -155,7 +157,7 @@ pub fn roll_out(
         context_limit: sampling.context_tokens_max,
         candidates: sampling.candidates,
         logprobs: sampling.logprobs,
-        ..GenerateOptions::default()
+        logprob_temperature: sampling.logprob_temperature,
     };
     let by_ordinal: HashMap<u64, &Job> = jobs.iter().map(|j| (j.ordinal, j)).collect();
     let mut completions = Vec::with_capacity(requests.len() * sampling.n);
@@ -310,6 +312,7 @@ pub fn training_sampling(config: &Config, stop_ids: Vec<u32>, candidates: usize,
         logprobs: config.train.train_policy.grpo().is_some_and(|g| {
             g.collect_rollout_logprobs || g.use_decoupled_loss || g.off_policy_masking_delta.is_some()
         }),
+        logprob_temperature: config.train.train_policy.grpo().map_or(1.0, |g| g.temperature as f32),
     }
 }
 
@@ -331,6 +334,7 @@ pub fn validation_sampling(config: &Config, stop_ids: Vec<u32>, seed: u64) -> Sa
         slots: config.host.decode_slots,
         candidates: 0,
         logprobs: false,
+        logprob_temperature: 1.0,
     }
 }
 

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use cosmos_data::chat::Message;
-use cosmos_engine::generate::{GenerateOptions, GenerateRequest, SamplingParams, generate};
+use cosmos_engine::generate::{GenerateOptions, GenerateRequest, SamplingParams, generate_streaming};
 use cosmos_engine::model::{self, GenerationConfig, Model};
 
 use crate::error::{Result, Role};
@@ -40,26 +40,49 @@ impl Chat {
         self.text.render_messages(&messages, true)
     }
 
-    /// Completes `prompt`; `piece` gets the text when it is there. Returns the whole completion.
-    pub fn complete(&mut self, prompt: &str, params: &SamplingParams, tokens_max: usize) -> Result<String> {
-        let request = GenerateRequest {
-            id: 0,
-            prompt: self.text.tokenizer.encode(prompt, false)?,
-            n: 1,
-            max_new_tokens: tokens_max,
-        };
+    /// Completes `prompt`. `piece` gets the text as it comes, in whole characters. Returns the whole completion.
+    pub fn complete(
+        &mut self,
+        prompt: &str,
+        params: &SamplingParams,
+        tokens_max: usize,
+        piece: &mut dyn FnMut(&str),
+    ) -> Result<String> {
+        let ids = self.text.tokenizer.encode(prompt, false)?;
+        let request = GenerateRequest { id: 0, prompt: ids, n: 1, max_new_tokens: tokens_max };
         let options = GenerateOptions {
             slots: 1,
             stop_ids: self.stop_ids.clone(),
             context_limit: self.model.config().max_position_embeddings,
             ..GenerateOptions::default()
         };
-        let mut tokens = Vec::new();
-        generate(self.model.as_mut(), &[request], params, &options, &mut |generated| {
-            tokens = generated.tokens;
+        let tokenizer = &self.text.tokenizer;
+        let mut stream = tokenizer.stream(true);
+        let mut whole = String::new();
+        let mut failed = None;
+        let mut token = |_: u64, id: u32| {
+            // Ids beyond the tokenizer have no text.
+            if id >= tokenizer.id_end() {
+                return;
+            }
+            match stream.push(id) {
+                Ok(text) => {
+                    piece(&text);
+                    whole.push_str(&text);
+                }
+                Err(error) => failed = Some(error),
+            }
+        };
+        generate_streaming(self.model.as_mut(), &[request], params, &options, &mut token, &mut |_| {
             ControlFlow::Continue(())
         })
         .role("model")?;
-        self.text.decode(&tokens)
+        if let Some(error) = failed {
+            return Err(error.into());
+        }
+        let rest = stream.finish()?;
+        piece(&rest);
+        whole.push_str(&rest);
+        Ok(whole)
     }
 }

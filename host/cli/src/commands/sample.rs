@@ -46,8 +46,14 @@ pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
             turns.push(("user".to_owned(), line.to_owned()));
             chat.prompt(turns)?
         };
-        let answer = chat.complete(&prompt, &args.sampling.params(), args.sampling.max_tokens)?;
-        out.line(&answer)?;
+        let mut written = Ok(());
+        let answer = chat.complete(&prompt, &args.sampling.params(), args.sampling.max_tokens, &mut |piece| {
+            if written.is_ok() && !piece.is_empty() {
+                written = out.text(piece).and_then(|()| out.flush());
+            }
+        })?;
+        written?;
+        out.line("")?;
         out.flush()?;
         turns.push(("assistant".to_owned(), answer));
         Ok(())

@@ -134,6 +134,21 @@ pub fn generate(
     options: &GenerateOptions,
     done: &mut dyn FnMut(Generated) -> ControlFlow<()>,
 ) -> Result<GenerateStats> {
+    generate_streaming(model, requests, params, options, &mut |_, _| {}, done)
+}
+
+/// As [`generate`], and `token` sees every token (request id, token) as soon as it is chosen.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_streaming(
+    model: &mut dyn Model,
+    requests: &[GenerateRequest],
+    params: &SamplingParams,
+    options: &GenerateOptions,
+    token: &mut dyn FnMut(u64, u32),
+    done: &mut dyn FnMut(Generated) -> ControlFlow<()>,
+) -> Result<GenerateStats> {
     let started = Instant::now();
     let sampler = Sampler::new(params)?;
     let vocab = model.config().vocab_size;
@@ -157,6 +172,7 @@ pub fn generate(
         active: (0..slots).map(|_| None).collect(),
         waiting: requests.iter().flat_map(|r| (r.n > 0).then_some((r, 0))).collect(),
         stats: GenerateStats::default(),
+        token,
     };
     run.all(done)?;
     Ok(GenerateStats { seconds: started.elapsed().as_secs_f64(), ..run.stats })
@@ -204,6 +220,8 @@ struct Run<'a, 'm> {
     /// Requests and the next completion of each.
     waiting: VecDeque<(&'a GenerateRequest, usize)>,
     stats: GenerateStats,
+    /// Sees every token as it is chosen.
+    token: &'a mut dyn FnMut(u64, u32),
 }
 
 impl<'a> Run<'a, '_> {
@@ -334,6 +352,7 @@ impl<'a> Run<'a, '_> {
                     "the model's weights hold NaN or infinite values, or overflow",
                 ));
             };
+            (self.token)(active.request.id, choice.token);
             if let Some(finish) = active.take(choice, self.options) {
                 self.decoder.release(slot);
                 if let Some(mut ended) = self.active[slot].take() {
