@@ -36,7 +36,7 @@ fn main() -> Result<()> {
     let arguments = Arguments::read()?;
     let report = match arguments.text("suite")? {
         "compare" => compare(&arguments)?,
-        "device" => device_suite(arguments.text("device").unwrap_or("burn:flex"))?,
+        "device" => device_suite(arguments.text("device").unwrap_or("cpu"))?,
         other => return Err(format!("unknown suite `{other}`\n{USAGE}").into()),
     };
     match arguments.text("json") {
@@ -76,10 +76,25 @@ fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<(f64, T)> {
     Ok((start.elapsed().as_secs_f64(), value))
 }
 
+/// Seconds of processor time of `work`, on all threads together, beside those of the clock.
+fn timed_both<T>(work: impl FnOnce() -> Result<T>) -> Result<(f64, f64, T)> {
+    let before = cpu_seconds();
+    let (seconds, value) = timed(work)?;
+    Ok((seconds, cpu_seconds() - before, value))
+}
+
+/// Processor time of this process so far, or 0 where the system does not say.
+fn cpu_seconds() -> f64 {
+    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return 0.0 };
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    // User and system time, in hundredths of a second on every Linux.
+    after_name.split_whitespace().skip(11).take(2).filter_map(|t| t.parse::<f64>().ok()).sum::<f64>() / 100.0
+}
+
 // ---- compare ----------------------------------------------------------------------------------------------------------
 
 fn compare(arguments: &Arguments) -> Result<Value> {
-    let device = arguments.text("device").unwrap_or("burn:flex");
+    let device = arguments.text("device").unwrap_or("cpu");
     let mut student = model::load(Path::new(arguments.text("student")?), device)?;
     let mut teacher = model::load(Path::new(arguments.text("teacher")?), device)?;
     let sequences: Vec<Vec<u32>> = serde_json::from_str(&std::fs::read_to_string(arguments.text("sequences")?)?)?;
@@ -95,11 +110,12 @@ fn compare(arguments: &Arguments) -> Result<Value> {
     accumulate(student.as_mut(), teacher.as_mut(), few, prompt_len, micro_batch)?;
     student.zero_grads();
 
-    let (rollout_seconds, tokens) = timed(|| rollout(student.as_mut(), &sequences, prompt_len))?;
-    let (score_seconds, logprob_sum) = timed(|| score_all(teacher.as_mut(), &sequences, prompt_len, micro_batch))?;
+    let (rollout_seconds, rollout_cpu, tokens) = timed_both(|| rollout(student.as_mut(), &sequences, prompt_len))?;
+    let (score_seconds, score_cpu, logprob_sum) =
+        timed_both(|| score_all(teacher.as_mut(), &sequences, prompt_len, micro_batch))?;
     let settings = AdamConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0, ..AdamConfig::default() };
     let mut adam = Adam::new(settings, student.params());
-    let (train_seconds, report) = timed(|| {
+    let (train_seconds, train_cpu, report) = timed_both(|| {
         let report = accumulate(student.as_mut(), teacher.as_mut(), &sequences, prompt_len, micro_batch)?;
         let stats = adam.step(student.as_mut(), 1e-4, Some(1.0))?;
         if !stats.finite {
@@ -110,9 +126,9 @@ fn compare(arguments: &Arguments) -> Result<Value> {
     })?;
     Ok(json!({
         "device": device,
-        "rollout": { "seconds": rollout_seconds, "completion_tokens": tokens },
-        "score": { "seconds": score_seconds, "logprob_sum": logprob_sum },
-        "train": { "seconds": train_seconds, "loss": report.total, "tokens": report.tokens },
+        "rollout": { "seconds": rollout_seconds, "cpu_seconds": rollout_cpu, "completion_tokens": tokens },
+        "score": { "seconds": score_seconds, "cpu_seconds": score_cpu, "logprob_sum": logprob_sum },
+        "train": { "seconds": train_seconds, "cpu_seconds": train_cpu, "loss": report.total, "tokens": report.tokens },
     }))
 }
 
@@ -125,6 +141,7 @@ fn rollout(student: &mut dyn Model, sequences: &[Vec<u32>], prompt_len: usize) -
             prompt: s[..prompt_len].to_vec(),
             n: 1,
             max_new_tokens: s.len() - prompt_len,
+            ..GenerateRequest::default()
         })
         .collect();
     let params = SamplingParams { seed: 7, ..SamplingParams::default() };
@@ -203,8 +220,10 @@ fn accumulate(
 // ---- device -----------------------------------------------------------------------------------------------------------
 
 fn device_suite(name: &str) -> Result<Value> {
-    let cpu = name == "burn:flex";
+    let cpu = matches!(name, "cpu" | "burn:flex");
     let sizes: &[usize] = if cpu { &[256, 512, 1024] } else { &[1024, 4096, 8192] };
+    // The native engine's products are those of `cargo run --release -p cosmos-kernels --example roofline`.
+    let sizes = if name == "cpu" { &[] } else { sizes };
     let products: Vec<Value> = sizes.iter().map(|&n| matrix_product(name, n)).collect::<Result<_>>()?;
     // A small model where the CPU is meant, one the shape of Qwen3-0.6B where a GPU is.
     let config = if cpu { qwen3(256, 6, 8, 4, 32, 768, 8192) } else { qwen3(1024, 28, 16, 8, 128, 3072, 32_768) };

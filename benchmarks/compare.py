@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
     # hidden, layers, heads, kv heads, head dim, intermediate, vocabulary
     "tiny": dict(student=(96, 2, 4, 2, 24, 256), teacher=(192, 4, 4, 2, 48, 512), vocab=64),
+    "medium": dict(student=(256, 6, 4, 2, 64, 768), teacher=(256, 6, 4, 2, 64, 768), vocab=4096),
     "small": dict(student=(256, 6, 8, 4, 32, 768), teacher=(384, 8, 8, 4, 48, 1152), vocab=8192),
 }
 
@@ -46,7 +47,8 @@ def arguments():
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--device", default="burn:flex", help="of cosmos-host; PyTorch runs on the CPU, or on CUDA for burn:cuda")
+    parser.add_argument("--device", default="cpu", help="of cosmos-host; PyTorch runs on the CPU, or on CUDA for burn:cuda")
+    parser.add_argument("--cpu-time", action="store_true", help="compare processor time on one thread instead of the clock: for a machine that does other work too")
     parser.add_argument("--bench", type=Path, help="the bench binary (default: the newest under the target folder)")
     parser.add_argument("--json", type=Path, help="also write everything that was measured here")
     return parser.parse_args()
@@ -93,11 +95,12 @@ class Reference:
 
         if self.device == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        clock = time.process_time if self.options.cpu_time else time.perf_counter
+        start = clock()
         result = work()
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start, result
+        return clock() - start, result
 
     def rollout(self, prompts):
         import torch
@@ -179,6 +182,9 @@ def processor():
 
 def main():
     options = arguments()
+    if options.cpu_time:
+        # Waiting threads of PyTorch spin, which would count against it.
+        options.threads = 1
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(options.threads)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -214,12 +220,12 @@ def main():
                 continue
             for phase, seconds in (("rollout", theirs_rollout), ("score", theirs_score), ("train", theirs_train)):
                 times[phase]["theirs"].append(seconds)
-                times[phase]["ours"].append(mine[phase]["seconds"])
+                times[phase]["ours"].append(mine[phase]["cpu_seconds" if options.cpu_time else "seconds"])
 
     completion_tokens = options.sequences * options.new_tokens
     report = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "machine": {"cpu": processor(), "threads": options.threads, "device": options.device},
+        "machine": {"cpu": processor(), "threads": options.threads, "device": options.device, "clock": "processor time" if options.cpu_time else "wall"},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
         "work": {
             "size": options.size, "student_parameters": parameters[0], "teacher_parameters": parameters[1], "vocab": size["vocab"],

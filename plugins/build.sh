@@ -15,7 +15,7 @@ dist=$plugins/dist
 target=wasm32-unknown-unknown
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/cosmos-host/wasm-toolchain
 # component=package[:features]
-components=(countdown=countdown countdown-hf=countdown:hf deepmath=deepmath)
+components=(countdown=countdown countdown-hf=countdown:hf deepmath=deepmath calculator=calculator)
 
 die() { echo "error: $1" >&2; [ $# -lt 2 ] || echo "hint: $2" >&2; exit 1; }
 say() { echo "build.sh: $*" >&2; }
@@ -25,47 +25,6 @@ say() { echo "build.sh: $*" >&2; }
 own_rustc_has_target() {
   local lib
   lib=$(rustc --print target-libdir --target "$target" 2>/dev/null) && compgen -G "$lib/libstd-*.rlib" >/dev/null
-}
-
-# Unpacks Debian's rustc, its LLVM and linker, and builds std for the target with that very compiler: a compiler can
-# only build the library of its own version.
-install_debian_toolchain() {
-  command -v apt-get >/dev/null || die "no rustc with the target $target, and no apt-get to fetch Debian's" "rustup target add $target"
-  say "fetching Debian's wasm toolchain into $cache (once)"
-  # In its last place from the start: where std's sources lie goes into its symbol names. The file `complete` comes last.
-  rm -rf "$cache" && mkdir -p "$cache/debs"
-  # The runtime library carries rustc's version in its package name.
-  local runtime packages
-  runtime=$(apt-cache depends libstd-rust-web-dev 2>/dev/null | sed -n 's/.*Depends: \(libstd-rust-web-[0-9.]*\)$/\1/p' | head -n1)
-  [ -n "$runtime" ] || die "apt knows no package libstd-rust-web-dev" "apt-get update, or rustup target add $target"
-  packages=(rustc-web libstd-rust-web-dev "$runtime" rust-web-src lld-22 libllvm22 rust-web-llvm wasi-libc)
-  (cd "$cache/debs" && apt-get download -q "${packages[@]}" >&2) || die "apt-get download failed" "apt-get update, then try again"
-  local deb
-  for deb in "$cache"/debs/*.deb; do dpkg -x "$deb" "$cache/root"; done
-  rm -rf "$cache/debs"
-  build_std "$cache/root"
-  date -u +%Y-%m-%d >"$cache/complete"
-}
-
-build_std() {
-  local prefix=$1 work
-  work=$(mktemp -d)
-  mkdir "$work/src"
-  printf '[package]\nname = "empty"\nversion = "0.0.0"\nedition = "2021"\n' >"$work/Cargo.toml"
-  echo '#![no_std]' >"$work/src/lib.rs"
-  say "building std for $target"
-  (
-    cd "$work"
-    use_prefix "$prefix"
-    export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$work/target
-    export RUSTFLAGS="-Cembed-bitcode=yes -Zforce-unstable-if-unmarked --remap-path-prefix=$prefix/usr/lib/rustlib/src/rust=/rust $(crate_remaps)"
-    cargo build -q --release --target "$target" -Z build-std=std,panic_abort >&2
-  ) || die "std for $target does not build"
-  local lib=$prefix/usr/lib/rustlib/$target/lib
-  mkdir -p "$lib"
-  cp "$work/target/$target"/release/deps/lib*.rlib "$lib/"
-  rm -f "$lib"/libempty*
-  rm -rf "$work"
 }
 
 crate_remaps() {
@@ -88,7 +47,8 @@ choose_compiler() {
     debian) ;;
     *) die "COSMOS_WASM_TOOLCHAIN is \`$COSMOS_WASM_TOOLCHAIN\`" "use own or debian" ;;
   esac
-  [ -f "$cache/complete" ] || install_debian_toolchain
+  # The script that the host carries, too (`plugin toolchain rust --install`).
+  [ -f "$cache/complete" ] || bash "$root/host/author/scripts/rust-toolchain.sh" "$cache"
   use_prefix "$cache/root"
 }
 
@@ -96,7 +56,8 @@ choose_compiler() {
 
 # Everything a component is made of, in an order that does not depend on the machine.
 sources_hash() {
-  (cd "$root" && find plugins/Cargo.toml plugins/Cargo.lock plugins/sdk plugins/countdown plugins/deepmath wit -type f \
+  (cd "$root" && find plugins/Cargo.toml plugins/Cargo.lock plugins/sdk/rust plugins/deepmath examples/plugins/countdown examples/plugins/calculator wit -type f \
+    -not -path '*/build/*' \
     \( -name '*.rs' -o -name '*.toml' -o -name '*.json' -o -name '*.wit' -o -name Cargo.lock \) -print0 |
     LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1)
 }
@@ -107,9 +68,24 @@ std_hash() {
   (cd "$lib" && sha256sum libstd-*.rlib libcore-*.rlib liballoc-*.rlib libcompiler_builtins-*.rlib | sha256sum | cut -d' ' -f1)
 }
 
+# stage FOLDER: the sources as one workspace whose members are all below its root. Cargo hashes the absolute path of a
+# member outside of it into symbol names, and a component would then depend on where the checkout lies.
+stage() {
+  rm -rf "$1"
+  mkdir -p "$1/plugins/sdk" "$1/examples/plugins"
+  cp -a "$root/wit" "$1/wit"
+  cp -a "$plugins/sdk/rust" "$1/plugins/sdk/rust"
+  cp -a "$plugins/deepmath" "$1/plugins/deepmath"
+  cp -a "$root/examples/plugins/countdown" "$root/examples/plugins/calculator" "$1/examples/plugins/"
+  rm -rf "$1"/examples/plugins/*/build "$1"/examples/plugins/*/target
+  sed -i '/^workspace = "/d' "$1"/examples/plugins/*/Cargo.toml
+  sed -e 's#"sdk/rust"#"plugins/sdk/rust"#g; s#"deepmath"#"plugins/deepmath"#; s#"\.\./examples#"examples#g' "$plugins/Cargo.toml" >"$1/Cargo.toml"
+  cp -a "$plugins/Cargo.lock" "$1/Cargo.lock"
+}
+
 # build_all OUT: every component into OUT, and OUT/BUILT_WITH.
 build_all() {
-  local out=$1 modules entry name package features
+  local out=$1 modules entry name package features staged_sources=$root/target/guests/sources
   mkdir -p "$out"
   modules=$(mktemp -d)
   (
@@ -118,8 +94,9 @@ build_all() {
     sysroot=$("${RUSTC:-rustc}" --print sysroot)
     # No path of this machine goes into a component, and no setting of this shell. Where cargo unpacks crates depends
     # on the registry it fetched them from.
-    cargo fetch -q --locked --manifest-path "$plugins/Cargo.toml" --target "$target"
-    RUSTFLAGS="--remap-path-prefix=$root=/cosmos-host --remap-path-prefix=$sysroot=/rust $(crate_remaps)"
+    stage "$staged_sources"
+    cargo fetch -q --locked --manifest-path "$staged_sources/Cargo.toml" --target "$target"
+    RUSTFLAGS="--remap-path-prefix=$staged_sources=/cosmos-host --remap-path-prefix=$sysroot=/rust $(crate_remaps)"
     export RUSTFLAGS
     # Cargo does not see when std itself was replaced: one folder for each std.
     CARGO_TARGET_DIR=$root/target/guests/$(std_hash | head -c 12)
@@ -130,7 +107,7 @@ build_all() {
       name=${entry%%=*} package=${entry#*=} features=''
       case $package in *:*) features=${package#*:} package=${package%%:*} ;; esac
       say "compiling $name"
-      cargo build -q --release --locked --manifest-path "$plugins/Cargo.toml" --target "$target" -p "$package" --features "$features"
+      cargo build -q --release --locked --manifest-path "$staged_sources/Cargo.toml" --target "$target" -p "$package" --features "$features"
       cp "$CARGO_TARGET_DIR/$target/release/$package.wasm" "$modules/$name.wasm"
     done
     {

@@ -8,4 +8,5 @@ fuzz_target!(|source: &str| {
     let Ok(template) = ChatTemplate::from_source("fuzz.jinja", source, &[("bos_token", "<s>"), ("eos_token", "</s>")]) else { return };
     let messages = [Message::new("system", "Be brief."), Message::new("user", "1+1?"), Message::new("assistant", "2")];
     let _ = template.render(&messages, true, &serde_json::Map::new());
+    let _ = template.after_turn(&messages[..2], &messages[1..], true, &serde_json::Map::new());
 });

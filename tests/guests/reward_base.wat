@@ -35,6 +35,7 @@
   (call $init (local.get 0) (local.get 1) (local.get 2) (local.get 3)))
 (func (export "cosmos:plugin/reward@0.1.0#score-batch") (param i32 i32) (result i32)
   (call $score (local.get 0) (local.get 1)))
+
 ;; The host has read the result: everything can go.
 (func (export "cabi_post_cosmos:plugin/reward@0.1.0#score-batch") (param i32) (global.set $heap (i32.const 4096)))
 

@@ -112,7 +112,7 @@ pub struct ModelArgs {
     #[arg(long, short, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub model: PathBuf,
     /// Where the model computes
-    #[arg(long, value_name = "DEVICE", default_value = "burn:flex")]
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
 }
 

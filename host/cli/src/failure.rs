@@ -4,6 +4,7 @@ use std::error::Error;
 use std::fmt;
 use std::process::ExitCode;
 
+use cosmos_author::AuthorError;
 use cosmos_config::{ConfigError, ConfigErrors, Problem, Severity};
 use cosmos_plugin::PluginError;
 use cosmos_run::RunError;
@@ -194,6 +195,13 @@ impl From<PluginError> for Failure {
     fn from(error: PluginError) -> Self {
         let hint = error.hint().map(|h| h.to_string());
         Self::from_error(Exit::Usage, &error, hint)
+    }
+}
+
+impl From<AuthorError> for Failure {
+    fn from(error: AuthorError) -> Self {
+        let exit = if error.is_usage() { Exit::Usage } else { Exit::Failed };
+        Self::from_error(exit, &error, error.hint())
     }
 }
 

@@ -3,7 +3,6 @@
 //! Exit codes: 0 done, 1 the run or a check failed, 2 wrong usage or config, 75 saved and asking to be started again.
 
 mod args;
-mod cases;
 mod commands;
 mod doctor;
 mod failure;

@@ -57,6 +57,23 @@ impl Node {
         path.try_fold(self, |node, part| node.table()?.iter().find(|(key, _)| key == part).map(|(_, child)| child))
     }
 
+    /// The deepest value on the way to `path`, with the number of parts it took; a part below a list is its index.
+    pub fn deepest(&self, path: &[&str]) -> (&Node, usize) {
+        let mut node = self;
+        for (depth, part) in path.iter().enumerate() {
+            let below = match &node.value {
+                NodeValue::Table(entries) => entries.iter().find(|(key, _)| key == part).map(|(_, child)| child),
+                NodeValue::List(items) => part.parse::<usize>().ok().and_then(|index| items.get(index)),
+                _ => None,
+            };
+            match below {
+                Some(below) => node = below,
+                None => return (node, depth),
+            }
+        }
+        (node, path.len())
+    }
+
     /// The value in the words of an error message.
     pub fn describe(&self) -> String {
         match &self.value {

@@ -26,8 +26,8 @@ pub use explain::{Explanation, explain, markdown_reference};
 pub use keys::*;
 pub use problem::{ConfigError, ConfigErrors, Place, Problem, Severity, Warning};
 pub use resolve::{ConfigFile, Resolved};
-pub use shape::schema;
-pub use shapes::{Amount, FlagOrText, LearningRate, OneOrMany};
+pub use shape::{nearest, schema};
+pub use shapes::{Amount, DatasetNames, FlagOrText, LearningRate, OneOrMany, RewardWeights};
 
 /// Bytes of a configuration file at most.
 pub const FILE_BYTES_MAX: u64 = 1 << 20;

@@ -1,7 +1,7 @@
 //! From a file to a checked configuration, and back to text.
 
 use crate::check::Check;
-use crate::document::Document;
+use crate::document::{Document, Node, NodeValue};
 use crate::keys::Config;
 use crate::problem::{ConfigError, ConfigErrors, Place, Problem, Severity, Warning};
 use crate::{FILE_BYTES_MAX, rules};
@@ -130,6 +130,29 @@ impl Resolved {
     pub fn place(&self, key: &str) -> Option<Place> {
         let parts = crate::document::key_parts(key)?;
         self.document.root.at(parts.iter().map(String::as_str)).map(|node| self.document.place(node))
+    }
+
+    /// Where the value at `path` was written, part by part; a part below a list is an index. When the file does not have
+    /// it, where the table that lacks it stands; `None` when nothing of the path was written.
+    pub fn nearest_place(&self, path: &[&str]) -> Option<Place> {
+        let (node, depth) = self.document.root.deepest(path);
+        (depth > 0).then(|| if depth < path.len() { self.document.key_place(node) } else { self.document.place(node) })
+    }
+
+    /// Where `name` was written at `path`: the text itself, an item of a list, or the key of a table.
+    pub fn place_of_name(&self, path: &[&str], name: &str) -> Option<Place> {
+        let (node, depth) = self.document.root.deepest(path);
+        if depth == 0 || depth < path.len() {
+            return None;
+        }
+        let is_name = |node: &&Node| matches!(&node.value, NodeValue::Text(text) if text == name);
+        match &node.value {
+            NodeValue::Table(entries) => {
+                entries.iter().find(|(key, _)| key == name).map(|(_, node)| self.document.key_place(node))
+            }
+            NodeValue::List(items) => items.iter().find(is_name).map(|node| self.document.place(node)),
+            _ => Some(self.document.place(node)),
+        }
     }
 
     /// An error about `key` found by someone else (a batch that does not fit the data, a folder that is not there), with the

@@ -379,6 +379,11 @@ impl Rules<'_> {
             let keys = ["validation.top_k", "validation.temperature"];
             self.complain(Severity::Warning, &keys, message, "set `validation.top_k = -1` to sample");
         }
+        if config.host.environment.is_some() && !config.rollout.multi_turn_config.enable {
+            let message = "`host.environment` is not used without `rollout.multi_turn_config.enable = true`";
+            let keys = ["host.environment"];
+            self.complain(Severity::Warning, &keys, message.into(), "switch it on to hold conversations");
+        }
         let distillation = &config.distillation;
         let own_mass = self.is_set("distillation.top_k_mass") && distillation.top_k_mass != MassRule::Raw;
         if distillation.enable && distillation.objective == ObjectiveKind::CosmosGjsd && own_mass {
@@ -440,8 +445,13 @@ pub(crate) fn unsupported(config: &Config, document: &Document) -> Vec<Problem> 
     refuse("train.non_text", train.non_text, "data that is not text", "");
     refuse("policy.lora", policy.lora.is_some(), "low-rank adapters", "remove `[policy.lora]` to train all weights");
     refuse("policy.is_diffusers", policy.is_diffusers, "a diffusion model", "");
-    let several_turns = config.rollout.multi_turn_config.enable;
-    refuse("rollout.multi_turn_config.enable", several_turns, "several turns", "");
+    let turns = &config.rollout.multi_turn_config;
+    refuse(
+        "rollout.multi_turn_config.continue_final_message",
+        turns.enable && turns.continue_final_message,
+        "a continuation of the last message",
+        "the student answers in messages of its own: remove it",
+    );
     let partly = "remove it to train all weights";
     refuse("policy.freeze_pattern", policy.freeze_pattern.is_some(), "frozen parameters", partly);
     refuse("policy.trainable_pattern", policy.trainable_pattern.is_some(), "frozen parameters", partly);

@@ -238,7 +238,7 @@ fn text(schema: &Map<String, Value>, key: &str) -> String {
 }
 
 /// The candidate nearest to `word`, if it is near enough to have been meant.
-pub(crate) fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let lower = word.to_lowercase();
     candidates
         .into_iter()

@@ -78,6 +78,39 @@ impl LearningRate {
     }
 }
 
+/// Datasets: one, several joined, or several mixed by weights.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum DatasetNames {
+    /// One dataset.
+    One(String),
+    /// Several, one after the other.
+    Many(Vec<String>),
+    /// Several, mixed in proportion to their weights.
+    Weighted(BTreeMap<String, f64>),
+}
+
+impl DatasetNames {
+    /// The names, with weights where they were given.
+    pub fn entries(&self) -> Vec<(&str, Option<f64>)> {
+        match self {
+            Self::One(name) => vec![(name, None)],
+            Self::Many(names) => names.iter().map(|name| (name.as_str(), None)).collect(),
+            Self::Weighted(weights) => weights.iter().map(|(name, weight)| (name.as_str(), Some(*weight))).collect(),
+        }
+    }
+}
+
+/// Rewards with weights: a name, a list of names (weight 1.0 each) or a table.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct RewardWeights {
+    /// Weight of each reward.
+    #[serde(deserialize_with = "reward_weights")]
+    #[schemars(with = "RewardShape")]
+    pub weights: BTreeMap<String, f64>,
+}
+
 /// How rewards may be written: a name, a list of names, or names with weights.
 #[derive(Deserialize, JsonSchema)]
 #[serde(untagged)]

@@ -405,11 +405,13 @@ fn what_cannot_be_run_is_refused_at_its_place() {
         check("[train]\noptm_name = \"Adam8bit\"\n"),
         Err("run.toml:2:13: `train.optm_name` asks for an optimizer with 8-bit state, which is not supported\n  hint: use `\"Adam\"` or `\"AdamW\"`".into())
     );
+    assert_eq!(check("[train]\n[rollout.multi_turn_config]\nenable = true\nenable_tools = true\n"), Ok(()));
+    assert!(warned("[train]\n[host]\nenvironment = \"a/b\"\n").contains("`host.environment` is not used without"));
     for refused in [
         "[train]\nnon_text = true\n",
         "[train]\n[policy]\nis_diffusers = true\n",
         "[train]\ncompile = false\n[policy]\nlora.r = 4\nparallelism.tp_size = 1\n",
-        "[train]\n[rollout.multi_turn_config]\nenable = true\n",
+        "[train]\n[rollout.multi_turn_config]\nenable = true\ncontinue_final_message = true\n",
         "[train.train_policy]\ntype = \"sft\"\ntrainer_type = \"own\"\n",
         &format!("{GRPO}trainer_type = \"own\"\n"),
         &format!("{GRPO}algo = \"own\"\n"),
@@ -635,4 +637,37 @@ proptest! {
             survives_its_own_toml(&resolved);
         }
     }
+}
+
+#[test]
+fn datasets_and_rewards_of_the_host_are_names_lists_or_weights() {
+    let text = "[train]\n[host]\ntrain_dataset = { \"a/x\" = 2, b = 0.5 }\nvalidation_dataset = \"a/y\"\n[host.rewards]\n\"a/x\" = \"r\"\nb = [\"p\", \"q\"]\nc = { r = 0.1 }\n";
+    let resolved = resolve(text);
+    let host = &resolved.config.host;
+    assert_eq!(host.train_dataset.as_ref().unwrap().entries(), [("a/x", Some(2.0)), ("b", Some(0.5))]);
+    assert_eq!(host.validation_dataset, Some(OneOrMany::One("a/y".into())));
+    assert_eq!(host.rewards["b"].weights, [("p".to_string(), 1.0), ("q".to_string(), 1.0)].into());
+    assert_eq!(host.rewards["c"].weights["r"], 0.1);
+    // What is written back means the same.
+    let again = resolve(&resolved.to_toml().unwrap());
+    assert_eq!(again.config, resolved.config);
+    assert!(
+        refused("[train]\n[host]\ntrain_dataset = 3\n")
+            .starts_with("run.toml:3:17: `host.train_dataset` is the integer")
+    );
+}
+
+#[test]
+fn names_and_settings_have_their_places() {
+    let text = "[train]\n[host]\ntrain_dataset = { \"a/x\" = 2 }\nvalidation_dataset = [\"v\", \"w\"]\n[custom.game]\nlist = [1, 2]\n";
+    let resolved = resolve(text);
+    let at = |place: Option<Place>| place.map(|p| (p.line, p.column));
+    assert_eq!(at(resolved.place_of_name(&["host", "train_dataset"], "a/x")), Some((3, 19)));
+    assert_eq!(at(resolved.place_of_name(&["host", "validation_dataset"], "w")), Some((4, 28)));
+    assert_eq!(at(resolved.place_of_name(&["host", "validation_dataset"], "x")), None);
+    assert_eq!(at(resolved.place_of_name(&["host", "rewards"], "x")), None);
+    assert_eq!(at(resolved.nearest_place(&["custom", "game", "list", "1"])), Some((6, 12)));
+    // What is missing is missing from its table.
+    assert_eq!(at(resolved.nearest_place(&["custom", "game", "max"])).map(|(line, _)| line), Some(5));
+    assert_eq!(at(resolved.nearest_place(&["plugin", "x"])), None);
 }

@@ -32,6 +32,8 @@ const BYTES_PER_FUEL: u64 = 64;
 const RECURSION_MAX: usize = 100;
 /// How deep the JSON of messages and options may nest.
 const DEPTH_MAX: usize = 100;
+/// Stands for an assistant's message: a word that templates neither trim nor escape. It grows where a text holds it.
+const STAND_IN: &str = "zqMessageq";
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -51,6 +53,15 @@ impl Message {
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: Some(content.into().into()), extra: Map::new() }
     }
+}
+
+/// What a template puts behind an assistant's message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AfterTurn {
+    /// What ends the message, for example `<|im_end|>` and a line break.
+    pub closing: String,
+    /// The same, then the messages that follow and, where asked for, the head of the next turn.
+    pub whole: String,
 }
 
 /// A model's chat template, parsed and ready.
@@ -91,14 +102,18 @@ impl ChatTemplate {
         if found.0.is_empty() {
             return Err(DataError::NoTemplate { path: folder.to_owned(), found: Vec::new() });
         }
-        let mut special_tokens = BTreeMap::new();
-        if let Some(map) = read_config(&folder.join("special_tokens_map.json"))? {
-            add_special_tokens(&mut special_tokens, &map);
-        }
-        if let Some(map) = &config {
-            add_special_tokens(&mut special_tokens, map);
-        }
-        Self::build(folder.to_owned(), found, special_tokens)
+        Self::build(folder.to_owned(), found, special_tokens(folder, config.as_ref())?)
+    }
+
+    /// A template from a file of its own, with the special tokens of a model folder.
+    ///
+    /// # Errors
+    /// [`DataError::Io`] when there is no such file, [`DataError::Template`] with the line of a syntax error.
+    pub fn load_file(path: impl AsRef<Path>, folder: impl AsRef<Path>) -> Result<Self, DataError> {
+        let (path, folder) = (path.as_ref(), folder.as_ref());
+        let found = Sources([("default".to_owned(), (path.to_owned(), read_text(path)?))].into());
+        let config = read_config(&folder.join("tokenizer_config.json"))?;
+        Self::build(folder.to_owned(), found, special_tokens(folder, config.as_ref())?)
     }
 
     /// A template given as text. `name` stands for the file in messages; `special_tokens` are visible to the template
@@ -165,6 +180,48 @@ impl ChatTemplate {
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(FUEL.saturating_add(bytes.min(LONG_FUEL_MAX))));
         on_a_deep_stack(path, || environment.get_template(name)?.render(Value::from(context)))
+    }
+
+    /// What stands after an assistant's message, whatever it said, when `next` follows it: rendered with a stand-in for
+    /// the message and cut off behind it. So a conversation can go on behind the very tokens that a model sampled, and a
+    /// template that rewrites earlier turns (Qwen3's drops their thinking) changes nothing of what the model has seen.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`]; and [`DataError::Template`] when the template does not print the message exactly
+    /// once, or closes it differently once others follow: then nothing can be put behind it.
+    pub fn after_turn(
+        &self,
+        history: &[Message],
+        next: &[Message],
+        add_generation_prompt: bool,
+        options: &Map<String, serde_json::Value>,
+    ) -> Result<AfterTurn, DataError> {
+        let mut stand_in = STAND_IN.to_owned();
+        let texts = || history.iter().chain(next).flat_map(|m| m.content.iter().chain(m.extra.values()));
+        while texts().chain(options.values()).any(|json| holds(json, &stand_in)) {
+            stand_in.push('q');
+        }
+        let unfit = |detail: &str| DataError::Template {
+            name: self.sources.values().next().unwrap_or(&self.folder).display().to_string(),
+            line: None,
+            detail: detail.to_owned(),
+        };
+        let mut messages = history.to_vec();
+        messages.push(Message::new("assistant", stand_in.as_str()));
+        let behind = |text: String| match text.split_once(&stand_in) {
+            Some((_, behind)) if !behind.contains(&stand_in) => Ok(behind.to_owned()),
+            Some(_) => Err(unfit("it prints an assistant's message more than once, so no turn can follow it")),
+            None => Err(unfit("it does not print an assistant's message as it is, so no turn can follow it")),
+        };
+        let closing = behind(self.render(&messages, false, options)?)?;
+        messages.extend_from_slice(next);
+        let whole = behind(self.render(&messages, add_generation_prompt, options)?)?;
+        if !whole.starts_with(&closing) {
+            return Err(unfit(
+                "it ends an assistant's message in another way once more messages follow, so no turn can follow it",
+            ));
+        }
+        Ok(AfterTurn { closing, whole })
     }
 
     /// A special token by its name, such as `bos_token`, as the tokenizer's configuration gives it.
@@ -247,6 +304,21 @@ fn read_config(path: &Path) -> Result<Option<Map<String, serde_json::Value>>, Da
         detail: error.to_string(),
     })?;
     Ok(Some(config))
+}
+
+/// The special tokens of a model folder; `config` is its `tokenizer_config.json`.
+fn special_tokens(
+    folder: &Path,
+    config: Option<&Map<String, serde_json::Value>>,
+) -> Result<BTreeMap<String, String>, DataError> {
+    let mut tokens = BTreeMap::new();
+    if let Some(map) = read_config(&folder.join("special_tokens_map.json"))? {
+        add_special_tokens(&mut tokens, &map);
+    }
+    if let Some(map) = config {
+        add_special_tokens(&mut tokens, map);
+    }
+    Ok(tokens)
 }
 
 /// Takes over every `…_token`, written as a text or as an object with `content`.
@@ -467,6 +539,16 @@ fn text_bytes(json: &serde_json::Value) -> u64 {
             map.iter().map(|(key, value)| key.len() as u64 + text_bytes(value)).sum::<u64>() + 1
         }
         _ => 1,
+    }
+}
+
+/// Whether a text in it, or a key, holds `word`.
+fn holds(json: &serde_json::Value, word: &str) -> bool {
+    match json {
+        serde_json::Value::String(text) => text.contains(word),
+        serde_json::Value::Array(items) => items.iter().any(|item| holds(item, word)),
+        serde_json::Value::Object(map) => map.iter().any(|(key, value)| key.contains(word) || holds(value, word)),
+        _ => false,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Tokens a second of a small student on the CPU: forward and backward, scoring, decoding.
 //!
-//! `cargo run --release -p cosmos-engine --example throughput -- [device] [hidden] [layers]`
+//! `cargo run --release -p cosmos-engine --example throughput -- [device] [hidden] [layers] [vocabulary]`
 
 use std::hint::black_box;
 use std::ops::Range;
@@ -67,11 +67,12 @@ fn cpu_seconds() -> f64 {
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
-    let device = arguments.next().unwrap_or_else(|| "burn:flex".into());
+    let device = arguments.next().unwrap_or_else(|| "cpu".into());
     let hidden: usize = arguments.next().unwrap_or_else(|| "192".into()).parse()?;
     let layers: usize = arguments.next().unwrap_or_else(|| "4".into()).parse()?;
+    let vocab: usize = arguments.next().unwrap_or_else(|| "24".into()).parse()?;
     let text = format!(
-        r#"{{"model_type": "qwen3", "vocab_size": 24, "hidden_size": {hidden}, "intermediate_size": {}, "num_hidden_layers": {layers},
+        r#"{{"model_type": "qwen3", "vocab_size": {vocab}, "hidden_size": {hidden}, "intermediate_size": {}, "num_hidden_layers": {layers},
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": {}, "max_position_embeddings": 256}}"#,
         hidden * 8 / 3,
         hidden / 4

@@ -19,18 +19,32 @@ pub struct DecodeRow {
     pub position: usize,
 }
 
+/// One tile on its way back through a block.
+pub struct BackwardTile<E: BlockEngine> {
+    /// Of the tile's length.
+    pub geometry: E::Geometry,
+    /// Rows of the tile.
+    pub b: usize,
+    /// From the forward.
+    pub saved: E::Saved,
+    /// The gradient at the block's output.
+    pub dy: E::Tensor,
+}
+
 /// The kernels of one device. Everything that a walk over blocks needs, and nothing that decides about it.
 pub trait BlockEngine: Send + Sync + 'static {
     /// Activations `[n, hidden]` on the device.
     type Tensor: Clone + Send + Sync;
     /// A `[vocab, hidden]` matrix on the device: the embedding, the head, or both.
-    type Table: Clone + Send + Sync;
+    type Table: Send + Sync;
     /// One block's parameters on the device.
     type Block: Send + Sync;
     /// The last norm's parameters on the device.
     type Norm: Send + Sync;
     /// What all blocks share for tiles of one length: rotary tables and the causal mask.
     type Geometry: Clone + Send + Sync;
+    /// What the backward of one block over one tile needs of its forward.
+    type Saved: Send;
     /// Keys and values of one sequence in one block.
     type Kv: Send;
 
@@ -44,32 +58,60 @@ pub trait BlockEngine: Send + Sync + 'static {
     /// there are.
     fn run_lanes<R: Send>(&self, count: usize, work: &(dyn Fn(usize) -> R + Sync)) -> Vec<R>;
 
+    /// Rows of logits to hold at a time.
+    fn head_chunk_rows(&self) -> usize;
+
     /// Uploads a `[vocab, hidden]` matrix.
     fn table(&self, values: &[f32]) -> Self::Table;
+    /// Uploads the embedding, which is the head too when the config ties them.
+    fn embedding(&self, values: &[f32]) -> Self::Table {
+        self.table(values)
+    }
+    /// Uploads new values of a matrix.
+    fn refresh_table(&self, table: &mut Self::Table, values: &[f32]) {
+        *table = self.table(values);
+    }
     /// Uploads a block's parameters.
     fn block(&self, flat: &[f32]) -> Self::Block;
+    /// Uploads new values of a block's parameters.
+    fn refresh_block(&self, block: &mut Self::Block, flat: &[f32]) {
+        *block = self.block(flat);
+    }
     /// Uploads the last norm.
     fn norm(&self, values: &[f32]) -> Self::Norm;
     /// Prepares tiles of length `t`.
     fn geometry(&self, t: usize) -> Self::Geometry;
 
-    /// Rows of the embedding for `ids`.
-    fn embed(&self, table: &Self::Table, ids: &[u32]) -> Self::Tensor;
+    /// Rows of the embedding for `ids`; `values` are the master values of `table`.
+    fn embed(&self, table: &Self::Table, values: &[f32], ids: &[u32]) -> Self::Tensor;
     /// Adds the gradient at the embedding's rows to `grads`, `[vocab, hidden]`.
     fn embed_vjp(&self, ids: &[u32], dy: Self::Tensor, grads: &mut [f32]) -> Result<()>;
 
     /// One block over a tile of `b` rows.
     fn block_forward(&self, block: &Self::Block, geometry: &Self::Geometry, b: usize, x: Self::Tensor) -> Self::Tensor;
-    /// Re-runs the block at input `x` and takes its vector-Jacobian product: the gradient at the input, and that of
-    /// the parameters as one flat slice.
-    fn block_vjp(
+    /// Bytes a token that keeping the whole of one block's forward takes; 0 if the engine has no use for it.
+    fn saved_bytes(&self) -> usize;
+    /// As [`BlockEngine::block_forward`], and what backward needs: with `whole` everything that spares it from running the
+    /// block again, else the input. The gradients are the same bits either way.
+    fn block_forward_keep(
         &self,
         block: &Self::Block,
         geometry: &Self::Geometry,
         b: usize,
         x: Self::Tensor,
-        dy: Self::Tensor,
-    ) -> Result<(Self::Tensor, Vec<f32>)>;
+        whole: bool,
+    ) -> (Self::Tensor, Self::Saved);
+    /// The block's vector-Jacobian product over all tiles: the gradients at their inputs, in order; those at the parameters
+    /// (whose master values are `params`) are added to `grads` in the order of the tiles.
+    fn block_backward(
+        &self,
+        block: &Self::Block,
+        params: &[f32],
+        tiles: Vec<BackwardTile<Self>>,
+        grads: &mut [f32],
+    ) -> Result<Vec<Self::Tensor>>
+    where
+        Self: Sized;
 
     /// The last norm at `rows` of `x`: `[rows, hidden]` on the host.
     fn final_norm(&self, norm: &Self::Norm, x: Self::Tensor, rows: &[u32]) -> Result<Vec<f32>>;
@@ -82,14 +124,16 @@ pub trait BlockEngine: Send + Sync + 'static {
         dy_rh: Vec<f32>,
     ) -> Result<(Self::Tensor, Vec<f32>)>;
 
-    /// The head over `[rows, hidden]`: logits `[rows, vocab]` on the host.
-    fn head(&self, table: &Self::Table, hidden_rh: &[f32]) -> Result<Vec<f32>>;
-    /// Its vector-Jacobian product: the gradient at the hidden states; that at the matrix is added to `grads`.
+    /// The head over `[rows, hidden]`: logits `[rows, vocab]` into `out`, whose length becomes theirs.
+    fn head(&self, table: &Self::Table, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()>;
+    /// Its vector-Jacobian product: the gradient at the hidden states; that at the matrix (whose master values are
+    /// `values`) is added to `grads`.
     fn head_vjp(
         &self,
         table: &Self::Table,
+        values: &[f32],
         hidden_rh: &[f32],
-        dlogits_rv: Vec<f32>,
+        dlogits_rv: &[f32],
         grads: &mut [f32],
     ) -> Result<Vec<f32>>;
 
@@ -99,6 +143,12 @@ pub trait BlockEngine: Send + Sync + 'static {
     fn kv_clear(&self, kv: &mut Self::Kv);
     /// Makes `to` hold what `from` holds.
     fn kv_copy(&self, from: &Self::Kv, to: &mut Self::Kv);
+    /// Tokens that caches may hold together, each in every block.
+    fn kv_tokens_max(&self) -> usize {
+        usize::MAX
+    }
+    /// Called when all caches of a decoder are gone.
+    fn kv_end(&self) {}
     /// Rows that incremental steps should be padded to, so that a row's result does not depend on how many there are.
     fn decode_rows(&self, rows: usize) -> usize;
     /// One block over single tokens `x` (`[rows or more, hidden]`; rows beyond `rows` are padding): appends their keys

@@ -5,12 +5,13 @@
 //! on its own sequence only, bit for bit, whatever is decoded beside it.
 
 use std::path::Path;
-use std::sync::RwLock;
+use std::sync::{Mutex, RwLock};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use crate::block::{BlockEngine, DecodeRow};
+use crate::block::{BackwardTile, BlockEngine, DecodeRow};
 use crate::model::{Model, ModelConfig};
+use crate::rope::{self, Rope};
 use crate::walker::Transformer;
 use crate::{EngineError, Result, weights};
 
@@ -18,15 +19,17 @@ mod attend;
 mod device;
 mod lanes;
 mod network;
-mod rope;
 use lanes::Lanes;
 use network::{BlockParams, Shapes};
-use rope::Rope;
 
 /// Tokens of a tile on the CPU: its activations stay within a core's cache.
 const TILE_TOKENS_CPU: usize = 768;
 /// Tokens of a tile on a GPU, which wants large matrices.
 const TILE_TOKENS_GPU: usize = 16 * 1024;
+/// Largest chunk of logits in memory.
+const HEAD_CHUNK_BYTES_MAX: usize = 64 << 20;
+/// Tiles whose gradients are held at a time before they are added up.
+const WAVE_TILES: usize = 16;
 /// Incremental steps are padded to a multiple of this many rows.
 const DECODE_ROWS: usize = 16;
 
@@ -134,6 +137,27 @@ impl BurnEngine {
     }
 }
 
+impl BurnEngine {
+    /// Re-runs the block at input `x` and takes its vector-Jacobian product: the gradient at the input, and that of the
+    /// parameters as one flat slice.
+    fn block_vjp(
+        &self,
+        block: &BlockParams,
+        geometry: &Geometry,
+        b: usize,
+        x: Tensor<2>,
+        dy: Tensor<2>,
+    ) -> Result<(Tensor<2>, Vec<f32>)> {
+        let block = block.tracked();
+        let x = x.autodiff().require_grad();
+        let y = network::block(&block, &self.shapes, geometry, &self.half_turn, b, x.clone());
+        // Burn has no backward from a given gradient; the sum of products has `dy` as its gradient at `y`.
+        let mut grads = (y * dy).sum().backward();
+        let dx = x.grad_remove(&mut grads).ok_or_else(no_gradient)?;
+        Ok((dx, block.flat_grads(&mut grads)?))
+    }
+}
+
 /// A tensor's values on the host.
 fn to_host<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
     tensor
@@ -147,6 +171,7 @@ impl BlockEngine for BurnEngine {
     type Block = BlockParams;
     type Norm = Tensor<1>;
     type Geometry = Geometry;
+    type Saved = Tensor<2>;
     type Kv = HostKv;
 
     fn config(&self) -> &ModelConfig {
@@ -163,6 +188,10 @@ impl BlockEngine for BurnEngine {
 
     fn run_lanes<R: Send>(&self, count: usize, work: &(dyn Fn(usize) -> R + Sync)) -> Vec<R> {
         self.lanes.run(count, work)
+    }
+
+    fn head_chunk_rows(&self) -> usize {
+        (HEAD_CHUNK_BYTES_MAX / (4 * self.config.vocab_size)).max(1)
     }
 
     fn table(&self, values: &[f32]) -> Tensor<2> {
@@ -193,7 +222,7 @@ impl BlockEngine for BurnEngine {
         geometry
     }
 
-    fn embed(&self, table: &Tensor<2>, ids: &[u32]) -> Tensor<2> {
+    fn embed(&self, table: &Tensor<2>, _values: &[f32], ids: &[u32]) -> Tensor<2> {
         table.clone().select(0, self.indices(ids))
     }
 
@@ -212,21 +241,44 @@ impl BlockEngine for BurnEngine {
         network::block(block, &self.shapes, geometry, &self.half_turn, b, x)
     }
 
-    fn block_vjp(
+    fn saved_bytes(&self) -> usize {
+        0
+    }
+
+    fn block_forward_keep(
         &self,
         block: &BlockParams,
         geometry: &Geometry,
         b: usize,
         x: Tensor<2>,
-        dy: Tensor<2>,
-    ) -> Result<(Tensor<2>, Vec<f32>)> {
-        let block = block.tracked();
-        let x = x.autodiff().require_grad();
-        let y = network::block(&block, &self.shapes, geometry, &self.half_turn, b, x.clone());
-        // Burn has no backward from a given gradient; the sum of products has `dy` as its gradient at `y`.
-        let mut grads = (y * dy).sum().backward();
-        let dx = x.grad_remove(&mut grads).ok_or_else(no_gradient)?;
-        Ok((dx, block.flat_grads(&mut grads)?))
+        _whole: bool,
+    ) -> (Tensor<2>, Tensor<2>) {
+        (self.block_forward(block, geometry, b, x.clone()), x)
+    }
+
+    fn block_backward(
+        &self,
+        block: &BlockParams,
+        _params: &[f32],
+        tiles: Vec<BackwardTile<Self>>,
+        grads: &mut [f32],
+    ) -> Result<Vec<Tensor<2>>> {
+        let mut dx = Vec::with_capacity(tiles.len());
+        let tiles: Vec<Mutex<Option<_>>> = tiles.into_iter().map(|tile| Mutex::new(Some(tile))).collect();
+        for wave in tiles.chunks(WAVE_TILES) {
+            let found = self.run_lanes(wave.len(), &|index| {
+                // Taken out, so that autodiff owns its inputs and frees them as soon as it can.
+                let tile = wave[index].lock().ok().and_then(|mut tile| tile.take());
+                let tile = tile.ok_or_else(|| EngineError::invalid("a tile was walked twice", ""))?;
+                self.block_vjp(block, &tile.geometry, tile.b, tile.saved, tile.dy)
+            });
+            for result in found {
+                let (dx_tile, dparams) = result?;
+                grads.iter_mut().zip(dparams).for_each(|(sum, value)| *sum += value);
+                dx.push(dx_tile);
+            }
+        }
+        Ok(dx)
     }
 
     fn final_norm(&self, norm: &Tensor<1>, x: Tensor<2>, rows: &[u32]) -> Result<Vec<f32>> {
@@ -250,19 +302,21 @@ impl BlockEngine for BurnEngine {
         Ok((dx, to_host(dnorm)?))
     }
 
-    fn head(&self, table: &Tensor<2>, hidden_rh: &[f32]) -> Result<Vec<f32>> {
-        to_host(self.hidden_rows(hidden_rh).matmul(table.clone().transpose()))
+    fn head(&self, table: &Tensor<2>, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {
+        *out = to_host(self.hidden_rows(hidden_rh).matmul(table.clone().transpose()))?;
+        Ok(())
     }
 
     fn head_vjp(
         &self,
         table: &Tensor<2>,
+        _values: &[f32],
         hidden_rh: &[f32],
-        dlogits_rv: Vec<f32>,
+        dlogits_rv: &[f32],
         grads: &mut [f32],
     ) -> Result<Vec<f32>> {
         let rows = hidden_rh.len() / self.config.hidden_size;
-        let dlogits = self.matrix(dlogits_rv, rows, self.config.vocab_size);
+        let dlogits = self.matrix(dlogits_rv.to_vec(), rows, self.config.vocab_size);
         let dtable = dlogits.clone().transpose().matmul(self.hidden_rows(hidden_rh));
         for (sum, value) in grads.iter_mut().zip(to_host(dtable)?) {
             *sum += value;

@@ -8,12 +8,14 @@
 pub mod batch;
 pub mod block;
 pub mod burn_engine;
+pub mod cpu_engine;
 pub mod divergence;
 pub mod error;
 pub mod generate;
 pub mod model;
 pub mod objective;
 pub mod optim;
+mod rope;
 pub mod score;
 pub mod walker;
 pub mod weights;

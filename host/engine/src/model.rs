@@ -62,11 +62,17 @@ pub trait Model: Send {
     /// Rows of logits to hold at a time, from the vocabulary size and the chunk's memory bound.
     fn head_chunk_rows(&self) -> usize;
 
-    /// Forward, loss at `positions`, backward; *adds* into the gradients. Keeps only each block's input between the
-    /// two passes and re-runs the block for its vector-Jacobian product.
+    /// Forward, loss at `positions`, backward; *adds* into the gradients. Between the two passes it keeps what the engine
+    /// can use within a bound, and each block's input beyond that, from which backward runs the block again.
     fn forward_backward(&mut self, batch: &TokenBatch, positions: &[Position], loss: &mut dyn HeadLoss) -> Result<()>;
     /// Gradient of parameter `index` as accumulated; zeros where none was computed yet.
     fn read_grad(&self, index: usize) -> Vec<f32>;
+    /// Calls `visit` with every parameter's gradient as accumulated, in order.
+    fn visit_grads(&self, visit: &mut dyn FnMut(usize, &[f32])) {
+        for index in 0..self.params().len() {
+            visit(index, &self.read_grad(index));
+        }
+    }
     /// Sets all gradients to zero.
     fn zero_grads(&mut self);
     /// Calls `update(index, parameter, gradient)` for every parameter with its master values and gradient, then makes
@@ -96,14 +102,28 @@ pub trait Decoder {
     fn step(&mut self, entries: &[(usize, u32)]) -> Result<Vec<f32>>;
     /// Frees a slot.
     fn release(&mut self, slot: usize);
+    /// Takes logits back, so that the next step has their memory instead of fresh pages.
+    fn recycle(&mut self, logits: Vec<f32>) {
+        drop(logits);
+    }
+    /// Tokens whose keys and values fit into memory together; sequences beyond that must wait.
+    fn tokens_max(&self) -> usize {
+        usize::MAX
+    }
 }
 
-/// A model on `device` (`burn:flex`; `burn:cuda` with the feature) from a Hugging Face folder.
+/// A model on `device` (`cpu`; `burn:flex`; `burn:cuda` with the feature) from a Hugging Face folder.
 pub fn load(folder: &Path, device: &str) -> Result<Box<dyn Model>> {
-    crate::burn_engine::load(folder, device)
+    match device {
+        "cpu" => crate::cpu_engine::load(folder),
+        _ => crate::burn_engine::load(folder, device),
+    }
 }
 
 /// A model on `device` with fresh weights (normal, std `initializer_range`; norms one, biases zero) from `seed`.
 pub fn random(config: &ModelConfig, device: &str, seed: u64) -> Result<Box<dyn Model>> {
-    crate::burn_engine::random(config, device, seed)
+    match device {
+        "cpu" => crate::cpu_engine::random(config, seed),
+        _ => crate::burn_engine::random(config, device, seed),
+    }
 }

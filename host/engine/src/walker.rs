@@ -1,15 +1,14 @@
-//! The walk over the blocks, written once for all engines: forward keeps each block's input only, backward re-runs a
-//! block and takes its vector-Jacobian product. Master parameters and gradients lie on the host, flat, one buffer per
+//! The walk over the blocks, written once for all engines: forward keeps what the engine's backward can use within a bound,
+//! and beyond it each block's input only, from which backward runs the block again. Master parameters and gradients lie on the host, flat, one buffer per
 //! block; the device holds what was last made current.
 //!
 //! Gradients of tiles are added in the order of the tiles, whatever order they were computed in, so that a step's
 //! result does not depend on the number of threads.
 
 use std::ops::Range;
-use std::sync::Mutex;
 
 use crate::batch::{Position, TokenBatch};
-use crate::block::BlockEngine;
+use crate::block::{BackwardTile, BlockEngine};
 use crate::model::{Decoder, HeadLoss, Model, ModelConfig, ParamSpec};
 use crate::{EngineError, Result};
 
@@ -18,10 +17,8 @@ mod tile;
 use decoder::TransformerDecoder;
 use tile::{Tile, plan};
 
-/// Largest chunk of logits in memory.
-const HEAD_CHUNK_BYTES_MAX: usize = 64 << 20;
-/// Tiles whose gradients are held at a time before they are added up.
-const WAVE_TILES: usize = 16;
+/// Bytes of activations that a forward keeps for its backward, beside each block's input.
+pub const KEPT_BYTES_MAX: usize = 1 << 30;
 
 /// Where a parameter lies in the buffers.
 struct Place {
@@ -34,7 +31,14 @@ struct OnDevice<E: BlockEngine> {
     embed: E::Table,
     blocks: Vec<E::Block>,
     norm: E::Norm,
-    head: E::Table,
+    /// None when tied to the embedding.
+    head: Option<E::Table>,
+}
+
+impl<E: BlockEngine> OnDevice<E> {
+    fn head(&self) -> &E::Table {
+        self.head.as_ref().unwrap_or(&self.embed)
+    }
 }
 
 /// A model: an engine and the parameters it runs on.
@@ -48,6 +52,8 @@ pub struct Transformer<E: BlockEngine> {
     grads: Vec<Vec<f32>>,
     /// Groups whose master values are newer than the device's.
     stale: Vec<bool>,
+    /// One chunk of logits, for the next step to use again.
+    logits_rv: Vec<f32>,
     device: OnDevice<E>,
 }
 
@@ -79,13 +85,14 @@ impl<E: BlockEngine> Transformer<E> {
             groups.push(flat);
         }
         let layers = config.num_hidden_layers;
-        let embed = engine.table(&groups[0]);
-        let head = if config.tie_word_embeddings { embed.clone() } else { engine.table(&groups[layers + 2]) };
+        let embed = engine.embedding(&groups[0]);
+        let head = (!config.tie_word_embeddings).then(|| engine.table(&groups[layers + 2]));
         let blocks = (0..layers).map(|layer| engine.block(&groups[1 + layer])).collect();
         let norm = engine.norm(&groups[1 + layers]);
         let stale = vec![false; groups.len()];
         let grads = vec![Vec::new(); groups.len()];
-        Ok(Self { device: OnDevice { embed, blocks, norm, head }, engine, specs, places, groups, grads, stale })
+        let device = OnDevice { embed, blocks, norm, head };
+        Ok(Self { device, engine, specs, places, groups, grads, stale, logits_rv: Vec::new() })
     }
 
     fn layers(&self) -> usize {
@@ -103,21 +110,20 @@ impl<E: BlockEngine> Transformer<E> {
 
     /// Uploads what changed since the device was last current.
     fn refresh(&mut self) {
-        let (layers, head_group) = (self.layers(), self.head_group());
+        let layers = self.layers();
         for group in 0..self.groups.len() {
             if !std::mem::take(&mut self.stale[group]) {
                 continue;
             }
             let values = &self.groups[group];
             if group == 0 {
-                self.device.embed = self.engine.table(values);
+                self.engine.refresh_table(&mut self.device.embed, values);
             } else if group <= layers {
-                self.device.blocks[group - 1] = self.engine.block(values);
+                self.engine.refresh_block(&mut self.device.blocks[group - 1], values);
             } else if group == layers + 1 {
                 self.device.norm = self.engine.norm(values);
-            }
-            if group == head_group {
-                self.device.head = if group == 0 { self.device.embed.clone() } else { self.engine.table(values) };
+            } else if let Some(head) = &mut self.device.head {
+                self.engine.refresh_table(head, values);
             }
         }
     }
@@ -172,45 +178,51 @@ impl<E: BlockEngine> Transformer<E> {
         let chunks: Vec<Range<usize>> =
             (0..rows).step_by(chunk_rows).map(|start| start..rows.min(start + chunk_rows)).collect();
         let part = |range: &Range<usize>| &hidden_rh[range.start * hidden..range.end * hidden];
-        // With a single chunk the first pass's logits serve the second one too.
-        let mut kept = None;
+        let head_group = self.head_group();
+        let len = self.groups[head_group].len();
+        self.grads[head_group].resize(len, 0.0);
+        let mut logits_rv = std::mem::take(&mut self.logits_rv);
         if loss.needs_first_pass() {
             for range in &chunks {
-                let logits_rv = self.engine.head(&self.device.head, part(range))?;
+                self.engine.head(self.device.head(), part(range), &mut logits_rv)?;
                 loss.observe(range.clone(), &logits_rv)?;
-                kept = (chunks.len() == 1).then_some(logits_rv);
             }
         }
         let mut dhidden_rh = Vec::with_capacity(hidden_rh.len());
-        let head_group = self.head_group();
         for range in &chunks {
-            let mut logits_rv = match kept.take() {
-                Some(logits_rv) => logits_rv,
-                None => self.engine.head(&self.device.head, part(range))?,
-            };
+            // With a single chunk the first pass's logits serve the second one too.
+            if chunks.len() > 1 || !loss.needs_first_pass() {
+                self.engine.head(self.device.head(), part(range), &mut logits_rv)?;
+            }
             loss.gradient(range.clone(), &mut logits_rv)?;
-            let len = self.groups[head_group].len();
-            self.grads[head_group].resize(len, 0.0);
             dhidden_rh.extend(self.engine.head_vjp(
-                &self.device.head,
+                self.device.head(),
+                &self.groups[head_group],
                 part(range),
-                logits_rv,
+                &logits_rv,
                 &mut self.grads[head_group],
             )?);
         }
+        self.logits_rv = logits_rv;
         Ok(dhidden_rh)
     }
 
-    /// Forward of all tiles; for each, the input of every block and the output of the last.
-    fn forward_keep(&self, tiles: &[Tile], geometries: &[E::Geometry]) -> Vec<Vec<E::Tensor>> {
+    /// Forward of all tiles: what each block keeps, and the output of the last.
+    fn forward_keep(&self, tiles: &[Tile], geometries: &[E::Geometry]) -> Vec<(Vec<E::Saved>, E::Tensor)> {
+        let tokens: usize = tiles.iter().map(|tile| tile.ids.len()).sum();
+        let block_bytes = (self.engine.saved_bytes() * tokens).max(1);
+        // The last blocks first: theirs is freed before the walk back comes to the others.
+        let recomputed = self.layers().saturating_sub(KEPT_BYTES_MAX / block_bytes);
         self.engine.run_lanes(tiles.len(), &|index| {
             let (tile, geometry) = (&tiles[index], &geometries[index]);
-            let mut inputs = vec![self.engine.embed(&self.device.embed, &tile.ids)];
-            for block in &self.device.blocks {
-                let x = inputs[inputs.len() - 1].clone();
-                inputs.push(self.engine.block_forward(block, geometry, tile.b(), x));
+            let mut x = self.engine.embed(&self.device.embed, &self.groups[0], &tile.ids);
+            let mut kept = Vec::with_capacity(self.layers());
+            for (layer, block) in self.device.blocks.iter().enumerate() {
+                let (y, saved) = self.engine.block_forward_keep(block, geometry, tile.b(), x, layer >= recomputed);
+                kept.push(saved);
+                x = y;
             }
-            inputs
+            (kept, x)
         })
     }
 
@@ -232,34 +244,6 @@ impl<E: BlockEngine> Transformer<E> {
                 Ok(dx)
             })
             .collect()
-    }
-
-    /// Backward through one block, wave after wave of tiles.
-    fn block_backward(
-        &mut self,
-        layer: usize,
-        tiles: &[Tile],
-        geometries: &[E::Geometry],
-        pairs: Vec<(E::Tensor, E::Tensor)>,
-    ) -> Result<Vec<E::Tensor>> {
-        let mut dx = Vec::with_capacity(tiles.len());
-        let pairs: Vec<Mutex<Option<_>>> = pairs.into_iter().map(|pair| Mutex::new(Some(pair))).collect();
-        for first in (0..tiles.len()).step_by(WAVE_TILES) {
-            let count = WAVE_TILES.min(tiles.len() - first);
-            let found = self.engine.run_lanes(count, &|offset| {
-                let index = first + offset;
-                // Taken out, so that the engine owns its inputs and frees them as soon as it can.
-                let pair = pairs[index].lock().ok().and_then(|mut pair| pair.take());
-                let (x, dy) = pair.ok_or_else(|| EngineError::invalid("a tile was walked twice", ""))?;
-                self.engine.block_vjp(&self.device.blocks[layer], &geometries[index], tiles[index].b(), x, dy)
-            });
-            for result in found {
-                let (dx_tile, dparams) = result?;
-                self.add_grads(1 + layer, &dparams);
-                dx.push(dx_tile);
-            }
-        }
-        Ok(dx)
     }
 }
 
@@ -301,7 +285,7 @@ impl<E: BlockEngine> Model for Transformer<E> {
         let geometries = self.geometries(&tiles);
         let found = self.engine.run_lanes(tiles.len(), &|index| {
             let (tile, geometry) = (&tiles[index], &geometries[index]);
-            let mut x = self.engine.embed(&self.device.embed, &tile.ids);
+            let mut x = self.engine.embed(&self.device.embed, &self.groups[0], &tile.ids);
             for block in &self.device.blocks {
                 x = self.engine.block_forward(block, geometry, tile.b(), x);
             }
@@ -316,20 +300,22 @@ impl<E: BlockEngine> Model for Transformer<E> {
         if !hidden_rh.len().is_multiple_of(hidden) {
             return Err(EngineError::invalid(format!("{} hidden values are no rows of {hidden}", hidden_rh.len()), ""));
         }
-        *out = if hidden_rh.is_empty() { Vec::new() } else { self.engine.head(&self.device.head, hidden_rh)? };
-        Ok(())
+        if hidden_rh.is_empty() {
+            out.clear();
+            return Ok(());
+        }
+        self.engine.head(self.device.head(), hidden_rh, out)
     }
 
     fn head_chunk_rows(&self) -> usize {
-        (HEAD_CHUNK_BYTES_MAX / (4 * self.config().vocab_size)).max(1)
+        self.engine.head_chunk_rows()
     }
 
     fn forward_backward(&mut self, batch: &TokenBatch, positions: &[Position], loss: &mut dyn HeadLoss) -> Result<()> {
         self.refresh();
         let tiles = plan(batch, positions, self.config(), self.engine.tile_tokens())?;
         let geometries = self.geometries(&tiles);
-        let mut kept = self.forward_keep(&tiles, &geometries);
-        let outputs: Vec<E::Tensor> = kept.iter_mut().filter_map(Vec::pop).collect();
+        let (mut kept, outputs): (Vec<_>, Vec<_>) = self.forward_keep(&tiles, &geometries).into_iter().unzip();
         let found = self.engine.run_lanes(tiles.len(), &|index| {
             self.engine.final_norm(&self.device.norm, outputs[index].clone(), &tiles[index].wanted)
         });
@@ -337,8 +323,17 @@ impl<E: BlockEngine> Model for Transformer<E> {
         let dhidden_rh = self.head_pass(&hidden_rh, loss)?;
         let mut dy = self.norm_backward(&tiles, outputs, &dhidden_rh)?;
         for layer in (0..self.layers()).rev() {
-            let pairs = kept.iter_mut().filter_map(Vec::pop).zip(dy).collect();
-            dy = self.block_backward(layer, &tiles, &geometries, pairs)?;
+            let len = self.groups[1 + layer].len();
+            self.grads[1 + layer].resize(len, 0.0);
+            let saved = kept.iter_mut().filter_map(Vec::pop).zip(dy).zip(tiles.iter().zip(&geometries));
+            let work = saved.map(|((saved, dy), (tile, geometry))| BackwardTile {
+                geometry: geometry.clone(),
+                b: tile.b(),
+                saved,
+                dy,
+            });
+            let (block, params) = (&self.device.blocks[layer], &self.groups[1 + layer]);
+            dy = self.engine.block_backward(block, params, work.collect(), &mut self.grads[1 + layer])?;
         }
         let len = self.groups[0].len();
         self.grads[0].resize(len, 0.0);
@@ -353,6 +348,15 @@ impl<E: BlockEngine> Model for Transformer<E> {
         match self.grads[place.group].get(place.range.clone()) {
             Some(grads) => grads.to_vec(),
             None => vec![0.0; place.range.len()],
+        }
+    }
+
+    fn visit_grads(&self, visit: &mut dyn FnMut(usize, &[f32])) {
+        for (index, place) in self.places.iter().enumerate() {
+            // A gradient that was never computed is zero.
+            if let Some(grads) = self.grads[place.group].get(place.range.clone()) {
+                visit(index, grads);
+            }
         }
     }
 

@@ -2,27 +2,108 @@
 //! each in an instance of its own, so that only the guilty one is lost.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::since_v0_1_0::{self as wit, SampleError, dataset, reward};
+use crate::accept::{self, RawOpened};
+use crate::crew::{Crew, Job, LOOK, Order};
+use crate::guest::{Description, Outcomes};
+use crate::seat::{Asked, Live, Seat, Stop};
 use crate::voice::{REASON_BYTES_MAX, one_line};
-use crate::worker::{Asked, Live, NotExported, Worker};
-use crate::{Example, Limits, PluginError, RewardSample, SampleFailure, Score};
+use crate::{Action, EpisodeStart, Example, Limits, Opened, PluginError, RewardSample, SampleFailure, Score, Turn};
 
-/// One kind of batch call.
-pub(crate) trait BatchCall {
-    type Item;
-    /// The item as the guest takes it.
-    type Lowered: Send + 'static;
-    /// The guest's answer, before it is checked.
-    type Raw: Send + 'static;
-    type Output;
+/// One kind of call with a batch of items.
+pub(crate) trait BatchCall: Sized + 'static {
+    type Item: Send + Sync + 'static;
+    /// The guest's answer for one item, before it is checked.
+    type Raw;
+    type Output: Send + 'static;
 
     /// Text of the item, in bytes.
     fn bytes(item: &Self::Item) -> usize;
-    fn lower(item: &Self::Item) -> Self::Lowered;
-    fn ask<'a>(live: &'a mut Live, items: &'a [Self::Lowered]) -> Asked<'a, Vec<Result<Self::Raw, SampleError>>>;
+    fn ask<'a>(live: &'a mut Live, items: &'a [Self::Item]) -> Asked<'a, Outcomes<Self::Raw>>;
     fn check(raw: Self::Raw, limits: &Limits) -> Result<Self::Output, String>;
+
+    /// How long one call may take, with one item `alone` or with a batch.
+    fn time_ms(limits: &Limits, alone: bool) -> u64 {
+        if alone { limits.item_ms_max } else { limits.call_ms_max }
+    }
+}
+
+/// `metadata.describe`.
+pub(crate) struct Describe;
+
+impl BatchCall for Describe {
+    type Item = ();
+    type Raw = Description;
+    type Output = Description;
+
+    fn bytes((): &()) -> usize {
+        0
+    }
+
+    fn ask<'a>(live: &'a mut Live, _: &'a [()]) -> Asked<'a, Outcomes<Description>> {
+        Box::pin(async { Ok(vec![Ok(live.exports.describe(&mut live.store).await?)]) })
+    }
+
+    fn check(raw: Description, _: &Limits) -> Result<Description, String> {
+        Ok(raw)
+    }
+
+    fn time_ms(limits: &Limits, _: bool) -> u64 {
+        limits.init_ms_max
+    }
+}
+
+/// Nothing: it makes the instance and runs `init`.
+pub(crate) struct Open;
+
+impl BatchCall for Open {
+    type Item = ();
+    type Raw = ();
+    type Output = ();
+
+    fn bytes((): &()) -> usize {
+        0
+    }
+
+    fn ask<'a>(_: &'a mut Live, _: &'a [()]) -> Asked<'a, Outcomes<()>> {
+        Box::pin(async { Ok(vec![Ok(())]) })
+    }
+
+    fn check((): (), _: &Limits) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn time_ms(limits: &Limits, _: bool) -> u64 {
+        limits.init_ms_max
+    }
+}
+
+/// `dataset.len`.
+pub(crate) struct CountExamples;
+
+impl BatchCall for CountExamples {
+    type Item = ();
+    type Raw = u64;
+    type Output = u64;
+
+    fn bytes((): &()) -> usize {
+        0
+    }
+
+    fn ask<'a>(live: &'a mut Live, _: &'a [()]) -> Asked<'a, Outcomes<u64>> {
+        Box::pin(async { Ok(vec![live.exports.len(&mut live.store).await?]) })
+    }
+
+    fn check(raw: u64, _: &Limits) -> Result<u64, String> {
+        Ok(raw)
+    }
+
+    fn time_ms(limits: &Limits, _: bool) -> u64 {
+        limits.init_ms_max
+    }
 }
 
 /// `dataset.get-batch`.
@@ -30,27 +111,19 @@ pub(crate) struct GetExamples;
 
 impl BatchCall for GetExamples {
     type Item = u64;
-    type Lowered = u64;
-    type Raw = dataset::Example;
+    type Raw = Example;
     type Output = Example;
 
     fn bytes(_: &u64) -> usize {
         size_of::<u64>()
     }
 
-    fn lower(index: &u64) -> u64 {
-        *index
+    fn ask<'a>(live: &'a mut Live, items: &'a [u64]) -> Asked<'a, Outcomes<Example>> {
+        Box::pin(live.exports.get_batch(&mut live.store, items))
     }
 
-    fn ask<'a>(live: &'a mut Live, items: &'a [u64]) -> Asked<'a, Vec<Result<Self::Raw, SampleError>>> {
-        Box::pin(async move {
-            let guest = live.dataset.as_ref().ok_or(NotExported)?;
-            guest.call_get_batch(&mut live.store, items).await
-        })
-    }
-
-    fn check(raw: Self::Raw, _: &Limits) -> Result<Example, String> {
-        wit::lift_example(raw)
+    fn check(raw: Example, _: &Limits) -> Result<Example, String> {
+        accept::example(raw)
     }
 }
 
@@ -59,125 +132,273 @@ pub(crate) struct ScoreSamples;
 
 impl BatchCall for ScoreSamples {
     type Item = RewardSample;
-    type Lowered = reward::Sample;
-    type Raw = reward::Score;
+    type Raw = Score;
     type Output = Score;
 
     fn bytes(sample: &RewardSample) -> usize {
-        let metadata: usize = sample.metadata.iter().map(|(key, value)| key.len() + value.len()).sum();
-        sample.prompt.len() + sample.completion.len() + sample.reference.as_ref().map_or(0, String::len) + metadata
+        let reference = sample.reference.as_ref().map_or(0, String::len);
+        sample.prompt.len() + sample.completion.len() + reference + pairs_bytes(&sample.metadata)
     }
 
-    fn lower(sample: &RewardSample) -> reward::Sample {
-        wit::lower_sample(sample)
+    fn ask<'a>(live: &'a mut Live, items: &'a [RewardSample]) -> Asked<'a, Outcomes<Score>> {
+        Box::pin(live.exports.score_batch(&mut live.store, items))
     }
 
-    fn ask<'a>(live: &'a mut Live, items: &'a [reward::Sample]) -> Asked<'a, Vec<Result<Self::Raw, SampleError>>> {
-        Box::pin(async move {
-            let guest = live.reward.as_ref().ok_or(NotExported)?;
-            guest.call_score_batch(&mut live.store, items).await
-        })
-    }
-
-    fn check(raw: Self::Raw, limits: &Limits) -> Result<Score, String> {
-        wit::lift_score(raw, limits)
+    fn check(raw: Score, limits: &Limits) -> Result<Score, String> {
+        accept::score(raw, limits)
     }
 }
 
-/// Runs `items` through the guest: as many results as items, in their order.
-///
-/// # Errors
-/// Only when the host itself fails; whatever the guest does ends in its samples' results.
-pub(crate) fn run<C: BatchCall>(
-    worker: &mut Worker,
-    items: &[C::Item],
-) -> Result<Vec<Result<C::Output, SampleFailure>>, PluginError> {
-    let limits = worker.blueprint().limits.clone();
-    let mut results = Vec::with_capacity(items.len());
-    let mut start = 0;
-    while start < items.len() {
-        let range = next_batch(start, items.len(), &limits, |index| C::bytes(&items[index]));
-        start = range.end;
-        let outcome = if C::bytes(&items[range.start]) > limits.batch_bytes_max {
-            let bytes = C::bytes(&items[range.start]);
-            vec![Err(format!("it has {bytes} bytes, above `batch_bytes_max` = {}", limits.batch_bytes_max))]
-        } else {
-            run_batch::<C>(worker, &items[range.clone()], &limits)?
-        };
-        results.extend(range.zip(outcome).map(|(item, outcome)| {
-            outcome.map_err(|reason| SampleFailure {
-                plugin: worker.blueprint().plugin.clone(),
-                item,
-                reason: one_line(&reason, REASON_BYTES_MAX),
-            })
-        }));
+/// `environment.reset-batch`.
+pub(crate) struct ResetEpisodes;
+
+impl BatchCall for ResetEpisodes {
+    type Item = EpisodeStart;
+    type Raw = RawOpened;
+    type Output = Opened;
+
+    fn bytes(start: &EpisodeStart) -> usize {
+        let messages: usize = start.messages.iter().map(|message| message.role.len() + message.content.len()).sum();
+        messages + start.reference.as_ref().map_or(0, String::len) + pairs_bytes(&start.metadata)
     }
-    Ok(results)
+
+    fn ask<'a>(live: &'a mut Live, items: &'a [EpisodeStart]) -> Asked<'a, Outcomes<RawOpened>> {
+        Box::pin(live.exports.reset_batch(&mut live.store, items))
+    }
+
+    fn check(raw: RawOpened, limits: &Limits) -> Result<Opened, String> {
+        accept::opened(raw, limits)
+    }
 }
 
-/// The longest batch from `start` within both limits; an item that is too large alone gets a batch alone.
-fn next_batch(start: usize, len: usize, limits: &Limits, bytes: impl Fn(usize) -> usize) -> Range<usize> {
-    let mut total = bytes(start);
-    let mut end = start + 1;
-    while end < len && end - start < limits.batch_items_max {
-        total = total.saturating_add(bytes(end));
-        if total > limits.batch_bytes_max {
-            break;
+/// `environment.step-batch`.
+pub(crate) struct StepEpisodes;
+
+impl BatchCall for StepEpisodes {
+    type Item = Action;
+    type Raw = Turn;
+    type Output = Turn;
+
+    fn bytes(action: &Action) -> usize {
+        action.state.len() + action.completion.len()
+    }
+
+    fn ask<'a>(live: &'a mut Live, items: &'a [Action]) -> Asked<'a, Outcomes<Turn>> {
+        Box::pin(live.exports.step_batch(&mut live.store, items))
+    }
+
+    fn check(raw: Turn, limits: &Limits) -> Result<Turn, String> {
+        accept::turn(raw, limits)
+    }
+}
+
+fn pairs_bytes(pairs: &[(String, String)]) -> usize {
+    pairs.iter().map(|(key, value)| key.len() + value.len()).sum()
+}
+
+/// Items of one request and the results so far. The seats fill it in any order.
+pub(crate) struct Board<C: BatchCall> {
+    plugin: String,
+    items: Vec<C::Item>,
+    limits: Arc<Limits>,
+    slots: Mutex<Slots<C::Output>>,
+    complete: Condvar,
+    cancelled: AtomicBool,
+}
+
+struct Slots<T> {
+    results: Vec<Option<Result<T, Stop>>>,
+    missing: usize,
+    /// The host itself failed: no more results will come.
+    host_failure: Option<String>,
+}
+
+impl<T> Slots<T> {
+    /// The first result stands: a thread that was given up may still answer.
+    fn put(&mut self, item: usize, result: Result<T, Stop>) {
+        if let Some(slot @ None) = self.results.get_mut(item) {
+            *slot = Some(result);
+            self.missing -= 1;
         }
-        end += 1;
     }
-    start..end
 }
 
-type Outcomes<C> = Vec<Result<<C as BatchCall>::Output, String>>;
+impl<C: BatchCall> Board<C> {
+    fn slots(&self) -> MutexGuard<'_, Slots<C::Output>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
-fn run_batch<C: BatchCall>(
-    worker: &mut Worker,
-    items: &[C::Item],
-    limits: &Limits,
-) -> Result<Outcomes<C>, PluginError> {
-    let time = Duration::from_millis(limits.call_ms_max);
-    let reason = match call::<C>(worker, items, false, time)? {
-        Ok(raw) if raw.len() == items.len() => return Ok(raw.into_iter().map(|raw| check::<C>(raw, limits)).collect()),
-        Ok(raw) => format!("returned {} results for {} items", raw.len(), items.len()),
-        Err(reason) => reason,
-    };
-    tracing::warn!(
-        plugin = worker.blueprint().plugin,
-        "a batch of {} items failed and is retried item by item: {reason}",
-        items.len()
-    );
-    let time = Duration::from_millis(limits.item_ms_max);
-    items
-        .iter()
-        .map(|item| {
-            Ok(match call::<C>(worker, std::slice::from_ref(item), true, time)? {
-                Ok(raw) if raw.len() == 1 => raw.into_iter().map(|raw| check::<C>(raw, limits)).collect::<Vec<_>>(),
-                Ok(raw) => vec![Err(format!("returned {} results for 1 item", raw.len()))],
-                Err(reason) => vec![Err(reason)],
-            })
-        })
-        .collect::<Result<Vec<_>, PluginError>>()
-        .map(|outcomes| outcomes.into_iter().flatten().collect())
+    fn fill(&self, first: usize, results: impl Iterator<Item = Result<C::Output, Stop>>) {
+        let mut slots = self.slots();
+        for (offset, result) in results.enumerate() {
+            slots.put(first + offset, result);
+        }
+        if slots.missing == 0 {
+            self.complete.notify_all();
+        }
+    }
 }
 
-fn call<C: BatchCall>(
-    worker: &mut Worker,
-    items: &[C::Item],
-    fresh: bool,
-    time: Duration,
-) -> Result<Result<Vec<Result<C::Raw, SampleError>>, String>, PluginError> {
-    let lowered: Vec<C::Lowered> = items.iter().map(C::lower).collect();
-    let answer = worker.call(fresh, time, move |live| Box::pin(async move { C::ask(live, &lowered).await }))?;
-    Ok(answer.map_err(|stop| stop.reason_with_stage()))
+impl<C: BatchCall> Order for Board<C> {
+    fn run(&self, seat: &mut Seat, range: Range<usize>, alone: bool) -> Result<(), Stop> {
+        let time = Duration::from_millis(C::time_ms(&self.limits, alone));
+        let items = &self.items[range.clone()];
+        let answer = seat.ask::<C>(items, alone, time)?;
+        if answer.len() != items.len() {
+            let items = if items.len() == 1 { "1 item".into() } else { format!("{} items", items.len()) };
+            return Err(Stop::call(format!("returned {} results for {items}", answer.len())));
+        }
+        let judged = answer.into_iter().map(|raw| check::<C>(raw, &self.limits).map_err(Stop::call));
+        // Judged before the lock is taken: the other seats need it too.
+        let judged: Vec<_> = judged.collect();
+        self.fill(range.start, judged.into_iter());
+        Ok(())
+    }
+
+    fn give_up(&self, range: Range<usize>, stop: Stop) {
+        self.fill(range.start, range.map(|_| Err(stop.clone())));
+    }
+
+    fn host_failed(&self, detail: &str) {
+        self.slots().host_failure = Some(detail.into());
+        self.complete.notify_all();
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    fn plugin(&self) -> &str {
+        &self.plugin
+    }
 }
 
-fn check<C: BatchCall>(raw: Result<C::Raw, SampleError>, limits: &Limits) -> Result<C::Output, String> {
+fn check<C: BatchCall>(raw: Result<C::Raw, String>, limits: &Limits) -> Result<C::Output, String> {
     match raw {
         Ok(raw) => C::check(raw, limits),
-        Err(error) if error.message.trim().is_empty() => Err("the plugin gave no reason".into()),
-        Err(error) => Err(error.message),
+        Err(message) if message.trim().is_empty() => Err("the plugin gave no reason".into()),
+        Err(message) => Err(message),
     }
+}
+
+/// A request under way.
+pub(crate) struct Awaited<C: BatchCall> {
+    crew: Arc<Crew>,
+    board: Arc<Board<C>>,
+}
+
+impl<C: BatchCall> Awaited<C> {
+    /// Hands `items` to the crew in batches.
+    pub(crate) fn start(crew: &Arc<Crew>, items: Vec<C::Item>) -> Result<Self, PluginError> {
+        let limits = crew.limits().clone();
+        let mut jobs = Vec::new();
+        let board = Arc::new(Board::<C>::new(crew, items));
+        for (range, bytes) in cut(board.items.len(), crew.spreads(), &limits, |item| C::bytes(&board.items[item])) {
+            if bytes > limits.batch_bytes_max {
+                let reason = format!("it has {bytes} bytes, above `batch_bytes_max` = {}", limits.batch_bytes_max);
+                board.give_up(range, Stop::call(reason));
+            } else {
+                jobs.push(Job { order: board.clone(), range, alone: false, bytes });
+            }
+        }
+        crew.enqueue(jobs)?;
+        Ok(Self { crew: crew.clone(), board })
+    }
+
+    /// Asks a single question in a fresh instance.
+    pub(crate) fn once(crew: &Arc<Crew>, item: C::Item) -> Result<Result<C::Output, Stop>, PluginError> {
+        let board = Arc::new(Board::<C>::new(crew, vec![item]));
+        crew.enqueue(vec![Job { order: board.clone(), range: 0..1, alone: true, bytes: 0 }])?;
+        let mut results = Self { crew: crew.clone(), board }.results()?;
+        results.pop().ok_or_else(|| PluginError::Host { detail: "a question got no answer".into() })
+    }
+
+    /// Waits for all results, in the order of the items.
+    ///
+    /// # Errors
+    /// Only when the host itself fails; whatever the guest does ends in its samples' results.
+    pub(crate) fn wait(self) -> Result<Vec<Result<C::Output, SampleFailure>>, PluginError> {
+        let results = self.results()?;
+        let failed = |(item, result): (usize, Result<C::Output, Stop>)| {
+            result.map_err(|stop| SampleFailure {
+                plugin: self.board.plugin.clone(),
+                item,
+                reason: one_line(&stop.reason_with_stage(), REASON_BYTES_MAX),
+            })
+        };
+        Ok(results.into_iter().enumerate().map(failed).collect())
+    }
+
+    fn results(&self) -> Result<Vec<Result<C::Output, Stop>>, PluginError> {
+        let mut slots = self.board.slots();
+        loop {
+            if let Some(detail) = slots.host_failure.take() {
+                return Err(PluginError::Host { detail });
+            }
+            if slots.missing == 0 {
+                let results = std::mem::take(&mut slots.results);
+                return Ok(results.into_iter().flatten().collect());
+            }
+            let (next, waited) = self.board.complete.wait_timeout(slots, LOOK).unwrap_or_else(PoisonError::into_inner);
+            slots = next;
+            if waited.timed_out() {
+                drop(slots);
+                self.crew.supervise();
+                slots = self.board.slots();
+            }
+        }
+    }
+}
+
+impl<C: BatchCall> Drop for Awaited<C> {
+    fn drop(&mut self) {
+        if self.board.slots().missing > 0 {
+            self.board.cancelled.store(true, Ordering::Relaxed);
+            self.crew.forget_cancelled();
+        }
+    }
+}
+
+impl<C: BatchCall> Board<C> {
+    fn new(crew: &Crew, items: Vec<C::Item>) -> Self {
+        let results = std::iter::repeat_with(|| None).take(items.len()).collect();
+        Self {
+            plugin: crew.plugin().into(),
+            slots: Mutex::new(Slots { results, missing: items.len(), host_failure: None }),
+            items,
+            limits: crew.limits().clone(),
+            complete: Condvar::new(),
+            cancelled: AtomicBool::new(false),
+        }
+    }
+}
+
+/// Batches that a request of few items is cut into, so that several cores share it.
+const SHARES: usize = 16;
+/// Below this the cost of a call outweighs the sharing.
+const SHARE_ITEMS_MIN: usize = 8;
+
+/// Cuts `len` items into batches within both limits, each with its bytes; an item that is too large alone gets a batch
+/// alone. The cut depends on the items only, never on the number of workers: so do the results.
+fn cut(len: usize, spread: bool, limits: &Limits, bytes: impl Fn(usize) -> usize) -> Vec<(Range<usize>, usize)> {
+    let items_max = if spread { len.div_ceil(SHARES).max(SHARE_ITEMS_MIN) } else { len };
+    let items_max = items_max.min(limits.batch_items_max);
+    let mut batches = Vec::new();
+    let mut start = 0;
+    while start < len {
+        let mut total = bytes(start);
+        let mut end = start + 1;
+        while end < len && end - start < items_max {
+            let more = total.saturating_add(bytes(end));
+            if more > limits.batch_bytes_max {
+                break;
+            }
+            (total, end) = (more, end + 1);
+        }
+        batches.push((start..end, total));
+        start = end;
+    }
+    batches
 }
 
 #[cfg(test)]
@@ -188,13 +409,19 @@ mod tests {
     fn batches_keep_both_limits_and_cover_everything() {
         let limits = Limits { batch_items_max: 3, batch_bytes_max: 10, ..Limits::default() };
         let sizes = [4, 6, 1, 11, 1, 1, 1, 1, 10, 10];
-        let mut ranges = Vec::new();
-        let mut start = 0;
-        while start < sizes.len() {
-            let range = next_batch(start, sizes.len(), &limits, |index| sizes[index]);
-            start = range.end;
-            ranges.push(range);
-        }
+        let ranges: Vec<_> = cut(sizes.len(), true, &limits, |item| sizes[item]).into_iter().map(|b| b.0).collect();
         assert_eq!(ranges, [0..2, 2..3, 3..4, 4..7, 7..8, 8..9, 9..10]);
+        assert!(cut(0, true, &limits, |_| 1).is_empty());
+    }
+
+    #[test]
+    fn few_items_are_shared_and_many_fill_their_batches() {
+        let limits = Limits::default();
+        let largest = |len, spread| cut(len, spread, &limits, |_| 1).iter().map(|b| b.0.len()).max();
+        assert_eq!(largest(5, true), Some(5));
+        assert_eq!(largest(64, true), Some(8));
+        assert_eq!(largest(512, true), Some(32));
+        assert_eq!(largest(5000, true), Some(64));
+        assert_eq!(largest(60, false), Some(60));
     }
 }

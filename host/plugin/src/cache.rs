@@ -6,6 +6,7 @@
 use std::fs;
 use std::hash::{Hash, Hasher};
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,9 +17,11 @@ use wasmtime::Engine;
 
 use crate::PluginError;
 
-/// First bytes of an entry.
-const MAGIC: &[u8; 16] = b"cosmos-plugin 1\n";
-const HEADER_BYTES: usize = MAGIC.len() + 32;
+/// The code comes first, so that it can be mapped; this and the checksum follow it.
+const MAGIC: &[u8; 16] = b"cosmos-plugin 2\n";
+const TRAILER_BYTES: usize = MAGIC.len() + 4;
+/// Read at once while an entry is checked; small enough to stay in the processor's cache.
+const CHUNK_BYTES: usize = 256 << 10;
 /// Largest entry that is read back: the compiled form of the largest component.
 const ENTRY_BYTES_MAX: u64 = 2 << 30;
 /// The oldest entries beyond this many are removed.
@@ -51,10 +54,10 @@ impl Cache {
 
     /// The compiled code under `key`, when there is any that can be trusted. Anything else is reported and ignored:
     /// the component is compiled again.
-    pub(crate) fn read(&self, key: &str) -> Option<Vec<u8>> {
+    pub(crate) fn read(&self, key: &str) -> Option<Entry> {
         let path = self.entry(key);
-        match read_entry(&path, key) {
-            Ok(code) => code,
+        match open_entry(&path, key) {
+            Ok(entry) => entry,
             Err(detail) => {
                 tracing::warn!("ignored `{}` in the plugin cache: {detail}", path.display());
                 None
@@ -76,9 +79,9 @@ impl Cache {
         let temporary = self.folder.join(format!("{key}.{}-{serial}.tmp", std::process::id()));
         let written = (|| {
             let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-            file.write_all(MAGIC)?;
-            file.write_all(&checksum(key, code))?;
             file.write_all(code)?;
+            file.write_all(MAGIC)?;
+            file.write_all(&crc32c::crc32c_append(seed(key), code).to_le_bytes())?;
             fs::rename(&temporary, self.entry(key))
         })();
         if written.is_err() {
@@ -116,6 +119,8 @@ pub(crate) fn key(component_sha256: &str, engine: &Engine) -> String {
         }
     }
     let mut feed = Feed(Sha256::new());
+    // The entries' own format.
+    MAGIC.hash(&mut feed);
     component_sha256.hash(&mut feed);
     // The compiler's version is pinned in the workspace; the hash below holds its settings and the CPU's features.
     "wasmtime 48.0.8".hash(&mut feed);
@@ -127,16 +132,25 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn checksum(key: &str, code: &[u8]) -> [u8; 32] {
-    let mut hash = Sha256::new();
-    hash.update(key.as_bytes());
-    hash.update(code);
-    hash.finalize().into()
+/// An entry found under another name has another checksum.
+fn seed(key: &str) -> u32 {
+    crc32c::crc32c(key.as_bytes())
 }
 
-fn read_entry(path: &Path, key: &str) -> Result<Option<Vec<u8>>, String> {
+/// An open entry that was checked.
+#[derive(Debug)]
+pub(crate) struct Entry(fs::File);
+
+impl Entry {
+    /// A name for the very file that was checked, whatever has happened to its own name since.
+    pub(crate) fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+    }
+}
+
+fn open_entry(path: &Path, key: &str) -> Result<Option<Entry>, String> {
     let opened = fs::OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
-    let file = match opened {
+    let mut file = match opened {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error.to_string()),
@@ -150,16 +164,33 @@ fn read_entry(path: &Path, key: &str) -> Result<Option<Vec<u8>>, String> {
     if metadata.len() > ENTRY_BYTES_MAX {
         return Err(format!("it has {} bytes", metadata.len()));
     }
-    let mut bytes = Vec::with_capacity(metadata.len() as usize);
-    file.take(ENTRY_BYTES_MAX).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
-    if bytes.len() < HEADER_BYTES || &bytes[..MAGIC.len()] != MAGIC {
-        return Err("it is no entry of this cache, or truncated".into());
+    check_sum(&mut file, metadata.len(), key)?;
+    Ok(Some(Entry(file)))
+}
+
+/// Who wrote the entry is settled: nobody but this user can have. The checksum is against accidents, such as a disk
+/// that was full or a machine that lost power, so that a fast one does.
+fn check_sum(file: &mut fs::File, bytes: u64, key: &str) -> Result<(), String> {
+    let incomplete = || "it is no entry of this cache, or truncated".to_owned();
+    let mut left = bytes.checked_sub(TRAILER_BYTES as u64).ok_or_else(incomplete)?;
+    let mut chunk = vec![0; CHUNK_BYTES];
+    let mut sum = seed(key);
+    while left > 0 {
+        let part = &mut chunk[..left.min(CHUNK_BYTES as u64) as usize];
+        file.read_exact(part).map_err(|e| e.to_string())?;
+        sum = crc32c::crc32c_append(sum, part);
+        left -= part.len() as u64;
     }
-    let code = bytes.split_off(HEADER_BYTES);
-    if checksum(key, &code) != bytes[MAGIC.len()..] {
+    let mut trailer = [0; TRAILER_BYTES];
+    file.read_exact(&mut trailer).map_err(|e| e.to_string())?;
+    let (magic, written) = trailer.split_at(MAGIC.len());
+    if magic != MAGIC {
+        return Err(incomplete());
+    }
+    if written != sum.to_le_bytes() {
         return Err("its checksum does not match".into());
     }
-    Ok(Some(code))
+    Ok(())
 }
 
 /// Owned by this user, and nobody else can write to it.
@@ -189,35 +220,42 @@ mod tests {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
 
+    fn read(cache: &Cache, key: &str) -> Option<Vec<u8>> {
+        cache.read(key).map(|entry| fs::read(entry.path()).unwrap())
+    }
+
     #[test]
     fn entries_come_back_only_whole_private_and_under_their_key() {
         let outer = tempfile::tempdir().unwrap();
         let cache = Cache::open(outer.path().join("a/b")).unwrap();
         assert_eq!(fs::metadata(&cache.folder).unwrap().permissions().mode() & 0o777, 0o700);
-        assert_eq!(cache.read("k"), None);
+        assert_eq!(read(&cache, "k"), None);
         cache.write("k", b"code");
-        assert_eq!(cache.read("k").as_deref(), Some(&b"code"[..]));
+        let entry = cache.read("k").unwrap();
+        cache.write("k", b"other");
+        assert!(fs::read(entry.path()).unwrap().starts_with(b"code"));
+        cache.write("k", b"code");
 
         mode(&cache.entry("k"), 0o620);
-        assert_eq!(cache.read("k"), None);
+        assert_eq!(read(&cache, "k"), None);
         mode(&cache.entry("k"), 0o600);
         assert!(cache.read("k").is_some());
 
         fs::rename(cache.entry("k"), cache.entry("other")).unwrap();
-        assert_eq!(cache.read("other"), None);
+        assert_eq!(read(&cache, "other"), None);
 
         cache.write("k", b"code");
         let mut bytes = fs::read(cache.entry("k")).unwrap();
-        *bytes.last_mut().unwrap() ^= 1;
+        bytes[1] ^= 1;
         fs::write(cache.entry("k"), &bytes).unwrap();
-        assert_eq!(cache.read("k"), None);
-        fs::write(cache.entry("k"), &bytes[..HEADER_BYTES - 1]).unwrap();
-        assert_eq!(cache.read("k"), None);
+        assert_eq!(read(&cache, "k"), None);
+        fs::write(cache.entry("k"), &bytes[..TRAILER_BYTES - 1]).unwrap();
+        assert_eq!(read(&cache, "k"), None);
 
         fs::write(outer.path().join("target"), b"x").unwrap();
         fs::remove_file(cache.entry("k")).unwrap();
         std::os::unix::fs::symlink(outer.path().join("target"), cache.entry("k")).unwrap();
-        assert_eq!(cache.read("k"), None);
+        assert_eq!(read(&cache, "k"), None);
         cache.write("k", b"code");
         assert!(cache.read("k").is_some());
         assert_eq!(fs::read(outer.path().join("target")).unwrap(), b"x");

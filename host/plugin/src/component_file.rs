@@ -1,6 +1,7 @@
 //! Reads a component's file and judges it by its names, before anything is compiled.
 
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -10,15 +11,54 @@ use wasmparser::{Encoding, Parser, Payload};
 use crate::PluginError;
 use crate::voice::one_line;
 
-/// The `cosmos:plugin` versions of this host, as the errors print them.
-pub(crate) const SUPPORTED: &str = "0.1.x";
-const SUPPORTED_MAJOR_MINOR: (u64, u64) = (0, 1);
+/// The versions of `cosmos:plugin` that this host serves, by major and minor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Api {
+    V0_1,
+    V0_2,
+}
+
+impl Api {
+    /// As the errors print them.
+    pub(crate) const SERVED: &str = "0.1.x and 0.2.x";
+    const NEWEST: (u64, u64) = (0, 2);
+
+    /// The one of a released version `x.y.z`.
+    pub(crate) fn of(version: &str) -> Option<Self> {
+        match major_minor(version)? {
+            (0, 1) => Some(Self::V0_1),
+            (0, 2) => Some(Self::V0_2),
+            _ => None,
+        }
+    }
+}
+
+/// The interfaces that a component exports beside `metadata`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Offers {
+    pub(crate) dataset: bool,
+    pub(crate) reward: bool,
+    pub(crate) environment: bool,
+}
+
+/// What a component is, judged by its names.
+#[derive(Debug)]
+pub(crate) struct Kind {
+    pub(crate) api: Api,
+    /// The version as it is written.
+    pub(crate) version: String,
+    pub(crate) offers: Offers,
+}
+
 /// Imports and exports at a component's top level.
 const NAMES_MAX: u32 = 10_000;
+/// What tells WebAssembly from other files.
+const HEAD_BYTES: u64 = 256;
 /// One name. It is printed in errors, so it is also escaped.
 const NAME_BYTES_MAX: usize = 512;
 
-/// Which world of `cosmos:plugin` a component implements.
+/// The world of `cosmos:plugin` that has a component's exports. It is a name for people: what a plugin can do depends
+/// on each export alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum World {
@@ -26,8 +66,12 @@ pub enum World {
     DatasetPlugin,
     /// Rewards only.
     RewardPlugin,
-    /// Both.
+    /// Datasets and rewards.
     Plugin,
+    /// Environments only.
+    EnvironmentPlugin,
+    /// Another choice of interfaces, in a world of the author's own.
+    Custom,
 }
 
 impl World {
@@ -37,6 +81,18 @@ impl World {
             Self::DatasetPlugin => "dataset-plugin",
             Self::RewardPlugin => "reward-plugin",
             Self::Plugin => "plugin",
+            Self::EnvironmentPlugin => "environment-plugin",
+            Self::Custom => "custom",
+        }
+    }
+
+    pub(crate) fn of(offers: Offers) -> Self {
+        match (offers.dataset, offers.reward, offers.environment) {
+            (true, true, false) => Self::Plugin,
+            (true, false, false) => Self::DatasetPlugin,
+            (false, true, false) => Self::RewardPlugin,
+            (false, false, true) => Self::EnvironmentPlugin,
+            _ => Self::Custom,
         }
     }
 }
@@ -65,48 +121,54 @@ impl ComponentFile {
         one_line(&stem, 128)
     }
 
-    /// The world and the version of the package that it implements.
-    pub(crate) fn world(&self) -> Result<(World, String), PluginError> {
+    /// The version of the package, and what it offers.
+    pub(crate) fn kind(&self) -> Result<Kind, PluginError> {
         let wrong = |detail: String| PluginError::WrongWorld { path: self.path.clone(), detail };
         let ours: Vec<(&str, &str)> = self.exports.iter().filter_map(|name| own_interface(name)).collect();
-        let Some((_, version)) = ours.first() else {
+        if ours.is_empty() {
             let exports = self.exports.iter().take(8).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
             let exports = if exports.is_empty() { "nothing".into() } else { exports };
             return Err(wrong(format!("it exports {exports}")));
-        };
+        }
         let imported = self.imports.iter().filter_map(|name| own_interface(name));
         for (_, version) in ours.iter().copied().chain(imported) {
             self.check_version(version)?;
         }
-        let has = |interface: &str| ours.iter().any(|(name, _)| *name == interface);
-        if !has("metadata") {
+        // A component may carry the exports of two versions: the newer counts.
+        let versions = ours.iter().filter(|(interface, _)| *interface == "metadata");
+        let newest = versions.filter_map(|(_, version)| Some((Api::of(version)?, *version))).max();
+        let Some((api, version)) = newest else {
             return Err(wrong("the export `metadata` is missing".into()));
-        }
-        let world = match (has("dataset"), has("reward")) {
-            (true, true) => World::Plugin,
-            (true, false) => World::DatasetPlugin,
-            (false, true) => World::RewardPlugin,
-            (false, false) => return Err(wrong("it exports neither `dataset` nor `reward`".into())),
         };
-        Ok((world, (*version).to_string()))
+        let has = |interface: &str| ours.iter().any(|(name, v)| *name == interface && Api::of(v) == Some(api));
+        let offers = Offers {
+            dataset: has("dataset"),
+            reward: has("reward"),
+            environment: api >= Api::V0_2 && has("environment"),
+        };
+        if !(offers.dataset || offers.reward || offers.environment) {
+            return Err(wrong(format!(
+                "beside `metadata@{version}` it exports neither `dataset` nor `reward` nor `environment`"
+            )));
+        }
+        Ok(Kind { api, version: version.into(), offers })
     }
 
     fn check_version(&self, version: &str) -> Result<(), PluginError> {
-        let numbers = major_minor(version);
-        if numbers == Some(SUPPORTED_MAJOR_MINOR) {
+        if Api::of(version).is_some() {
             return Ok(());
         }
         Err(PluginError::WrongVersion {
             path: self.path.clone(),
             found: if version.is_empty() { "(none)".into() } else { version.into() },
-            supported: SUPPORTED.into(),
-            newer: numbers.is_some_and(|numbers| numbers > SUPPORTED_MAJOR_MINOR),
+            supported: Api::SERVED.into(),
+            newer: major_minor(version).is_some_and(|numbers| numbers > Api::NEWEST),
         })
     }
 }
 
 /// Interface and version of a name like `cosmos:plugin/reward@0.1.0`.
-fn own_interface(name: &str) -> Option<(&str, &str)> {
+pub(crate) fn own_interface(name: &str) -> Option<(&str, &str)> {
     let rest = name.strip_prefix("cosmos:plugin/")?;
     Some(rest.split_once('@').unwrap_or((rest, "")))
 }
@@ -122,7 +184,9 @@ fn major_minor(version: &str) -> Option<(u64, u64)> {
 
 fn read_limited(path: &Path, bytes_max: u64) -> Result<Vec<u8>, PluginError> {
     let failed = |source| PluginError::Read { path: path.into(), source };
-    let file = std::fs::File::open(path).map_err(failed)?;
+    // A pipe must not make the opening wait for its writer.
+    let opened = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let mut file = opened.map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     if !metadata.is_file() {
         return Err(failed(std::io::Error::other("it is not a file")));
@@ -131,8 +195,12 @@ fn read_limited(path: &Path, bytes_max: u64) -> Result<Vec<u8>, PluginError> {
     if metadata.len() > bytes_max {
         return Err(too_large(metadata.len()));
     }
-    let mut bytes = Vec::new();
-    file.take(bytes_max.saturating_add(1)).read_to_end(&mut bytes).map_err(failed)?;
+    // Whatever is no WebAssembly is refused by its start, without reading the rest.
+    let mut bytes = Vec::with_capacity(metadata.len().min(bytes_max) as usize);
+    file.by_ref().take(HEAD_BYTES.min(bytes_max)).read_to_end(&mut bytes).map_err(failed)?;
+    check_magic(path, &bytes)?;
+    let rest_bytes_max = bytes_max.saturating_add(1).saturating_sub(bytes.len() as u64);
+    file.take(rest_bytes_max).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > bytes_max {
         return Err(too_large(bytes.len() as u64));
     }
@@ -249,5 +317,6 @@ mod tests {
         let missing = ComponentFile::read(&folder.path().join("no.wasm"), 1000).unwrap_err();
         assert!(missing.to_string().contains("no.wasm"));
         assert!(ComponentFile::read(folder.path(), 1000).is_err());
+        assert!(ComponentFile::read(Path::new("/dev/zero"), 1000).unwrap_err().to_string().contains("not a file"));
     }
 }

@@ -63,7 +63,7 @@ pub enum PluginError {
         detail: String,
     },
     /// Built against another version of the WIT package.
-    #[error("`{}` was built against `cosmos:plugin@{found}`, this host runs {supported}", path.display())]
+    #[error("`{}` was built against `cosmos:plugin@{found}`, this host serves {supported}", path.display())]
     WrongVersion {
         /// The file.
         path: PathBuf,
@@ -134,6 +134,22 @@ pub enum PluginError {
         /// The limit.
         ms_max: u64,
     },
+    /// The compiler took too much memory.
+    #[error("compiling `{}` took more than {bytes_max} bytes of memory", path.display())]
+    CompileMemory {
+        /// The file.
+        path: PathBuf,
+        /// The limit.
+        bytes_max: u64,
+    },
+    /// A component built like no compiler builds one: its structure alone would cost more than a plugin may.
+    #[error("`{}` is refused before it is compiled: {detail}", path.display())]
+    TooComplex {
+        /// The file.
+        path: PathBuf,
+        /// What there is too much of.
+        detail: String,
+    },
     /// The cache folder cannot be used safely.
     #[error("the plugin cache `{}` cannot be used: {detail}", path.display())]
     CacheFolder {
@@ -175,7 +191,7 @@ pub enum PluginError {
     UnknownOffer {
         /// The plugin's name.
         plugin: String,
-        /// `dataset` or `reward`.
+        /// `dataset`, `reward` or `environment`.
         kind: &'static str,
         /// The name asked for.
         name: String,
@@ -221,26 +237,33 @@ impl PluginError {
             }
             Self::TooLarge { .. } => "strip debug information, or raise the limit `component_bytes_max`".into(),
             Self::WrongWorld { .. } => {
-                "export `metadata` with `dataset`, `reward` or both, as the worlds of `wit/since-v0.1.0` say".into()
+                "export `metadata` and at least one of `dataset`, `reward` and `environment` of `wit/since-v0.2.0`"
+                    .into()
             }
             Self::WrongVersion { newer: true, .. } => {
-                "update the host, or rebuild the plugin against `wit/since-v0.1.0`".into()
+                "update the host, or rebuild the plugin against `wit/since-v0.2.0`".into()
             }
-            Self::WrongVersion { newer: false, .. } => "rebuild the plugin against `wit/since-v0.1.0`".into(),
+            Self::WrongVersion { newer: false, .. } => "rebuild the plugin against `wit/since-v0.2.0`".into(),
             Self::WrongInterface { .. } => {
-                "rebuild the plugin against the unchanged WIT package in `wit/since-v0.1.0`".into()
+                "rebuild the plugin against the unchanged WIT package, `wit/since-v0.2.0` or `wit/since-v0.1.0`".into()
             }
             Self::NotGranted { line, .. } => format!("grant it in the configuration: {line}"),
             Self::UnknownImport { .. } => {
                 "build for `wasm32-unknown-unknown` or `wasm32-wasip2`, without sockets, HTTP or other host interfaces"
                     .into()
             }
-            Self::BadGrant { .. } => {
-                "use \"log\", \"table\", \"chat-template\", \"dir:/absolute/path:ro\" or \"dir:/absolute/path:rw\""
-                    .into()
-            }
+            Self::BadGrant { .. } => "use \"log\", \"table\", \"chat-template\" or \"dir:/absolute/path:ro\"".into(),
             Self::CompileTimeout { .. } => {
                 "raise the limit `compile_ms_max`; with a cache folder the component is compiled only once".into()
+            }
+            Self::CompileMemory { .. } => {
+                "build without debug information and with `opt-level = \"s\"`, or raise the limit `compile_bytes_max`"
+                    .into()
+            }
+            Self::TooComplex { .. } => {
+                "build one component with the usual tools, without plugins nested in it; a large interpreter needs \
+                 `memory_bytes_max` = 536870912"
+                    .into()
             }
             Self::CacheFolder { path, .. } => {
                 format!("make it a folder of your own: `mkdir -p -m 700 {0} && chmod 700 {0}`", path.display())

@@ -1,7 +1,7 @@
 //! What the configuration allows a plugin to reach.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Component, PathBuf};
 use std::str::FromStr;
 
 use crate::PluginError;
@@ -15,12 +15,11 @@ pub enum Grant {
     Table,
     /// Render messages with the student's chat template.
     ChatTemplate,
-    /// See a directory of the host under the same path (WASI guests only).
+    /// Read the files of a directory under the same path (WASI guests only). Nothing in it can be changed, and nothing
+    /// outside it can be reached.
     Dir {
         /// Absolute path.
         path: PathBuf,
-        /// No file in it can be changed.
-        read_only: bool,
     },
 }
 
@@ -36,17 +35,20 @@ impl FromStr for Grant {
             _ => {}
         }
         let rest = text.strip_prefix("dir:").ok_or_else(|| bad("no such grant"))?;
-        let (path, mode) = rest.rsplit_once(':').ok_or_else(|| bad("the mode, `:ro` or `:rw`, is missing"))?;
-        let read_only = match mode {
-            "ro" => true,
-            "rw" => false,
-            _ => return Err(bad("the mode is neither `ro` nor `rw`")),
-        };
+        let (path, mode) = rest.rsplit_once(':').ok_or_else(|| bad("`:ro` at the end is missing"))?;
+        match mode {
+            "ro" => {}
+            "rw" => return Err(bad("plugins may only read: no grant lets them write files")),
+            _ => return Err(bad("it does not end in `:ro`")),
+        }
         let path = PathBuf::from(path);
         if !path.is_absolute() {
             return Err(bad("the path is not absolute"));
         }
-        Ok(Self::Dir { path, read_only })
+        if path.components().any(|part| part == Component::ParentDir) {
+            return Err(bad("the path contains `..`"));
+        }
+        Ok(Self::Dir { path })
     }
 }
 
@@ -56,9 +58,7 @@ impl fmt::Display for Grant {
             Self::Log => f.write_str("log"),
             Self::Table => f.write_str("table"),
             Self::ChatTemplate => f.write_str("chat-template"),
-            Self::Dir { path, read_only } => {
-                write!(f, "dir:{}:{}", path.display(), if *read_only { "ro" } else { "rw" })
-            }
+            Self::Dir { path } => write!(f, "dir:{}:ro", path.display()),
         }
     }
 }
@@ -138,10 +138,21 @@ mod tests {
 
     #[test]
     fn grants_read_and_print_the_same_text() {
-        for text in ["log", "table", "chat-template", "dir:/data:ro", "dir:/a b/c:d:rw"] {
+        for text in ["log", "table", "chat-template", "dir:/data:ro", "dir:/a b/c:d:ro"] {
             assert_eq!(text.parse::<Grant>().unwrap().to_string(), text);
         }
-        for text in ["", "Log", "net", "dir:", "dir:/data", "dir:data:ro", "dir:/data:rx", "dir::ro"] {
+        for text in [
+            "",
+            "Log",
+            "net",
+            "dir:",
+            "dir:/data",
+            "dir:data:ro",
+            "dir:/data:rx",
+            "dir:/data:rw",
+            "dir:/data/../etc:ro",
+            "dir::ro",
+        ] {
             let error = text.parse::<Grant>().unwrap_err();
             assert!(error.hint().unwrap().contains("dir:/absolute/path:ro"), "{text}: {error}");
         }

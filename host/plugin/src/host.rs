@@ -1,26 +1,45 @@
 //! Loads components: engines, the ticker behind the deadlines, the compiler and its cache.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use serde::Serialize;
-use wasmtime::component::{Component, InstancePre};
-use wasmtime::{Config, Engine, EngineWeak};
+use wasmtime::component::Component;
+use wasmtime::{Config, Engine, EngineWeak, WasmBacktraceDetails};
 
 use crate::cache::{self, Cache};
 use crate::clock::TICK;
-use crate::component_file::{ComponentFile, World};
+use crate::compiler;
+use crate::component_file::{ComponentFile, Kind, World};
 use crate::grant::{Need, check_imports, check_unknown};
-use crate::sandbox::GuestState;
-use crate::since_v0_1_0::{self as wit, dataset, metadata, reward};
-use crate::worker::Blueprint;
+use crate::guest::{self, Indices};
+use crate::seat::Blueprint;
 use crate::{Capabilities, Grant, Limits, Plugin, PluginError, PluginInfo};
 
 /// Stack for host functions, which run on the guest's stack: a chat template or a parquet page needs far more than
 /// a guest.
 const HOST_STACK_BYTES: usize = 4 << 20;
+
+/// Frames of a trap that are looked at; a panic's machinery takes some.
+const BACKTRACE_FRAMES_MAX: usize = 16;
+
+/// Where the time of [`PluginHost::load`] went, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct LoadTimes {
+    /// Reading, hashing and judging the component's file.
+    pub read_ms: f64,
+    /// Reading the compiled code from the cache; none when it was not there.
+    pub cached_ms: Option<f64>,
+    /// Compiling, with writing to the cache; none when the cache had it.
+    pub compile_ms: Option<f64>,
+    /// Making an instance, without `init`.
+    pub instantiate_ms: f64,
+    /// Linking and `metadata.describe`, on a thread of its own.
+    pub describe_ms: f64,
+}
 
 /// Loads plugins. One host serves a whole process.
 pub struct PluginHost {
@@ -30,21 +49,27 @@ pub struct PluginHost {
     ticker: Arc<Ticker>,
 }
 
-/// Advances the epochs of all engines until it is dropped.
-pub(crate) struct Ticker(Mutex<Vec<EngineWeak>>);
+/// Advances the epochs of all engines, as long as there are any: what was opened from a plugin may outlive the plugin
+/// and the host that loaded it, and must not outlive its deadlines.
+pub(crate) struct Ticker(Arc<Mutex<Vec<EngineWeak>>>);
 
 impl Ticker {
     fn start() -> Result<Arc<Self>, PluginError> {
-        let ticker = Arc::new(Self(Mutex::new(Vec::new())));
-        let weak = Arc::downgrade(&ticker);
+        let engines = Arc::new(Mutex::new(Vec::<EngineWeak>::new()));
+        let ticker = Arc::new(Self(engines.clone()));
         let run = move || {
-            while let Some(ticker) = weak.upgrade() {
-                for engine in ticker.0.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            loop {
+                // The other owner is the host or one of its plugins, which may add engines.
+                let mut needed = Arc::strong_count(&engines) > 1;
+                for engine in engines.lock().unwrap_or_else(PoisonError::into_inner).iter() {
                     if let Some(engine) = engine.upgrade() {
                         engine.increment_epoch();
+                        needed = true;
                     }
                 }
-                drop(ticker);
+                if !needed {
+                    return;
+                }
                 std::thread::sleep(TICK);
             }
         };
@@ -116,10 +141,12 @@ impl PluginHost {
         caps: Capabilities,
     ) -> Result<Plugin, PluginError> {
         limits.check()?;
+        let started = Instant::now();
         let file = ComponentFile::read(path, limits.component_bytes_max)?;
-        let (world, _) = file.world()?;
+        let kind = file.kind()?;
         check_imports(&file.stem(), &file.imports, grants)?;
-        self.build(file, world, grants, limits, caps)
+        let times = LoadTimes { read_ms: ms_since(started), ..LoadTimes::default() };
+        self.build(file, kind, grants, limits, caps, times)
     }
 
     /// Looks at the component at `path` without granting it anything. Only `describe` runs, and its imports lend
@@ -130,7 +157,7 @@ impl PluginHost {
     pub fn inspect(&self, path: &Path) -> Result<Inspection, PluginError> {
         let limits = Limits::interpreter();
         let file = ComponentFile::read(path, limits.component_bytes_max)?;
-        let (world, api_version) = file.world()?;
+        let kind = file.kind()?;
         let needs: Vec<Need> = file.imports.iter().map(|name| Need::of(name)).collect();
         let mut granted: Vec<String> = needs
             .iter()
@@ -146,8 +173,8 @@ impl PluginHost {
             path: path.into(),
             bytes: file.bytes.len() as u64,
             sha256: file.sha256.clone(),
-            world,
-            api_version,
+            world: World::of(kind.offers),
+            api_version: kind.version.clone(),
             imports: file.imports.clone(),
             exports: file.exports.clone(),
             needs: granted,
@@ -161,7 +188,7 @@ impl PluginHost {
             return Ok(inspection);
         }
         // Without a grant the host's side of an import is there, though it lends nothing.
-        match self.build(file, world, &[], limits, Capabilities::default()) {
+        match self.build(file, kind, &[], limits, Capabilities::default(), LoadTimes::default()) {
             Ok(plugin) => inspection.description = Some(plugin.info().clone()),
             Err(error @ (PluginError::Call { .. } | PluginError::BadDescription { .. })) => {
                 inspection.description_error = Some(error.to_string());
@@ -174,25 +201,32 @@ impl PluginHost {
     fn build(
         &self,
         file: ComponentFile,
-        world: World,
+        kind: Kind,
         grants: &[Grant],
         limits: Limits,
         capabilities: Capabilities,
+        mut times: LoadTimes,
     ) -> Result<Plugin, PluginError> {
+        let limits = limits.decide(file.bytes.len() as u64);
         let engine = self.engine(limits.stack_bytes_max)?;
-        let component = self.compile(&engine, &file, limits.compile_ms_max)?;
+        let component = self.compile(&engine, &file, &limits, &mut times)?;
         let unlike = |error: wasmtime::Error| PluginError::WrongInterface {
             path: file.path.clone(),
             detail: crate::voice::one_line(&format!("{error:#}"), 1024),
         };
-        let linker = wit::link(&engine, &file.imports).map_err(unlike)?;
+        let linker = guest::link(&engine, &file.imports).map_err(unlike)?;
         let pre = linker.instantiate_pre(&component).map_err(unlike)?;
-        let (metadata, dataset, reward) = indices(&pre, world).map_err(unlike)?;
-        let plugin = file.stem();
-        let grants = grants.to_vec();
-        let limits = Arc::new(limits);
-        let blueprint = Blueprint { plugin, pre, metadata, dataset, reward, grants, limits, capabilities };
-        Plugin::describe(blueprint, &file.path, &file.sha256, self.ticker.clone())
+        let indices = Indices::find(&pre, kind.api, kind.offers).map_err(unlike)?;
+        let blueprint = Blueprint {
+            plugin: file.stem(),
+            pre,
+            indices,
+            grants: grants.to_vec(),
+            limits: Arc::new(limits),
+            capabilities,
+            _ticker: self.ticker.clone(),
+        };
+        Plugin::describe(blueprint, &file.path, &file.sha256, times)
     }
 
     fn engine(&self, stack_bytes_max: u64) -> Result<Engine, PluginError> {
@@ -205,6 +239,9 @@ impl PluginHost {
         let mut config = Config::new();
         config
             .epoch_interruption(true)
+            // Names come from the name section; the environment must not turn on the parsing of debug information.
+            .wasm_backtrace_details(WasmBacktraceDetails::Disable)
+            .wasm_backtrace_max_frames(NonZeroUsize::new(BACKTRACE_FRAMES_MAX))
             .max_wasm_stack(stack_bytes)
             .async_stack_size(stack_bytes + HOST_STACK_BYTES)
             // The same bits on every machine.
@@ -217,71 +254,46 @@ impl PluginHost {
         Ok(engine)
     }
 
-    fn compile(&self, engine: &Engine, file: &ComponentFile, ms_max: u64) -> Result<Component, PluginError> {
+    fn compile(
+        &self,
+        engine: &Engine,
+        file: &ComponentFile,
+        limits: &Limits,
+        times: &mut LoadTimes,
+    ) -> Result<Component, PluginError> {
+        let started = Instant::now();
         let key = cache::key(&file.sha256, engine);
-        if let Some(code) = self.cache.as_ref().and_then(|cache| cache.read(&key)) {
-            match deserialize(engine, &code) {
-                Ok(component) => return Ok(component),
+        if let Some(entry) = self.cache.as_ref().and_then(|cache| cache.read(&key)) {
+            match deserialize(engine, &entry) {
+                Ok(component) => {
+                    times.cached_ms = Some(ms_since(started));
+                    return Ok(component);
+                }
                 Err(error) => tracing::warn!("compiling `{}` again: {error:#}", file.path.display()),
             }
         }
-        let component = compile_within(engine, file, ms_max)?;
+        let started = Instant::now();
+        let component = compiler::compile(engine, file, limits)?;
         if let Some(cache) = &self.cache {
             match component.serialize() {
                 Ok(code) => cache.write(&key, &code),
                 Err(error) => tracing::warn!("cannot cache `{}`: {error:#}", file.path.display()),
             }
         }
+        times.compile_ms = Some(ms_since(started));
         Ok(component)
     }
 }
 
-type Indices = (metadata::GuestIndices, Option<dataset::GuestIndices>, Option<reward::GuestIndices>);
-
-/// Finds the exports that the world promises.
-fn indices(pre: &InstancePre<GuestState>, world: World) -> wasmtime::Result<Indices> {
-    let with_dataset = world != World::RewardPlugin;
-    let with_reward = world != World::DatasetPlugin;
-    Ok((
-        metadata::GuestIndices::new(pre)?,
-        with_dataset.then(|| dataset::GuestIndices::new(pre)).transpose()?,
-        with_reward.then(|| reward::GuestIndices::new(pre)).transpose()?,
-    ))
-}
-
-/// The compiler cannot be stopped: past its time its thread goes on alone, bounded by the size of the component.
-fn compile_within(engine: &Engine, file: &ComponentFile, ms_max: u64) -> Result<Component, PluginError> {
-    let (done, waiting) = mpsc::sync_channel(1);
-    let (engine, bytes) = (engine.clone(), file.bytes.clone());
-    std::thread::Builder::new()
-        .name("plugin-compiler".into())
-        .spawn(move || {
-            // Nobody listens any more when the time was up.
-            let _ = done.send(Component::from_binary(&engine, &bytes));
-        })
-        .map_err(|error| PluginError::Host { detail: format!("no thread for the compiler: {error}") })?;
-    let path = || file.path.clone();
-    match waiting.recv_timeout(Duration::from_millis(ms_max)) {
-        Ok(Ok(component)) => Ok(component),
-        Ok(Err(error)) => {
-            let detail = crate::voice::one_line(&format!("{error:#}"), 1024);
-            // An offset in the file tells the parser's complaints from the compiler's.
-            if error.is::<wasmparser::BinaryReaderError>() || detail.contains("(at offset 0x") {
-                return Err(PluginError::Malformed { path: path(), detail });
-            }
-            Err(PluginError::Compile { path: path(), detail })
-        }
-        Err(mpsc::RecvTimeoutError::Timeout) => Err(PluginError::CompileTimeout { path: path(), ms_max }),
-        Err(mpsc::RecvTimeoutError::Disconnected) => {
-            Err(PluginError::Compile { path: path(), detail: "the compiler panicked".into() })
-        }
-    }
+fn ms_since(started: Instant) -> f64 {
+    started.elapsed().as_secs_f64() * 1e3
 }
 
 #[allow(unsafe_code)]
-fn deserialize(engine: &Engine, code: &[u8]) -> wasmtime::Result<Component> {
-    // SAFETY: the bytes must come from `Component::serialize` unchanged. `Cache::read` only gives what this user
-    // wrote to a folder and file that nobody else can write to, whose checksum over key and code matches; wasmtime
-    // itself checks its version and settings.
-    unsafe { Component::deserialize(engine, code) }
+fn deserialize(engine: &Engine, entry: &cache::Entry) -> wasmtime::Result<Component> {
+    // SAFETY: the file must hold what `Component::serialize` gave, and must not change while it is mapped.
+    // `Cache::read` only gives what this user wrote to a folder and file that nobody else can write to, and whose
+    // checksum matches; this host replaces entries by rename and never writes to one. The path leads to the very file
+    // that was checked. wasmtime itself checks its version and settings.
+    unsafe { Component::deserialize_file(engine, entry.path()) }
 }

@@ -58,6 +58,56 @@ pub struct Score {
     pub metrics: Vec<(String, f64)>,
 }
 
+/// What a conversation of several turns starts from: one example of the dataset.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpisodeStart {
+    /// The example's messages; one user message when it gives ready text.
+    pub messages: Vec<ChatMessage>,
+    /// The example's reference JSON.
+    pub reference: Option<String>,
+    /// The example's metadata.
+    pub metadata: Vec<(String, String)>,
+}
+
+/// A conversation that an environment opened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Opened {
+    /// What the model first sees; never empty.
+    pub messages: Vec<ChatMessage>,
+    /// Definitions for the chat template's `tools`: a JSON list.
+    pub tools: Option<serde_json::Value>,
+    /// What the next [`Action`] brings back.
+    pub state: Vec<u8>,
+}
+
+/// What the model said in one turn.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Action {
+    /// From [`Opened`] or the [`Turn`] before.
+    pub state: Vec<u8>,
+    /// The model's words, without the token that ended them.
+    pub completion: String,
+    /// How many messages the model has said before this one.
+    pub turn: u32,
+    /// The model ended its message itself; otherwise a limit cut it off, and no further turn follows.
+    pub complete: bool,
+}
+
+/// An environment's answer to an [`Action`]. All numbers are finite and within `Limits::score_abs_max`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Turn {
+    /// What the model hears next; never empty unless `done`.
+    pub messages: Vec<ChatMessage>,
+    /// What the next [`Action`] brings back.
+    pub state: Vec<u8>,
+    /// The conversation is over.
+    pub done: bool,
+    /// Added to the conversation's reward.
+    pub reward: f64,
+    /// Extra numbers, by name.
+    pub metrics: Vec<(String, f64)>,
+}
+
 /// One item that a plugin could not do. The others of its batch are not affected.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SampleFailure {

@@ -56,12 +56,9 @@ impl GuestState {
             .allow_udp(false)
             .allow_ip_name_lookup(false);
         for grant in grants {
-            if let Grant::Dir { path, read_only } = grant {
-                let permissions = if *read_only { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
-                wasi.preopened_dir(path, path.to_string_lossy(), permissions).map_err(|e| PluginError::GrantedDir {
-                    plugin: plugin.into(),
-                    path: path.clone(),
-                    detail: format!("{e:#}"),
+            if let Grant::Dir { path } = grant {
+                wasi.preopened_dir(path, path.to_string_lossy(), FsPerms::ReadOnly).map_err(|e| {
+                    PluginError::GrantedDir { plugin: plugin.into(), path: path.clone(), detail: format!("{e:#}") }
                 })?;
             }
         }
@@ -85,10 +82,11 @@ impl WasiView for GuestState {
     }
 }
 
-/// Counts memory over all of an instance's memories, and remembers what it refused.
+/// Counts memory over all of an instance's memories, elements over all its tables, and remembers what it refused.
 pub(crate) struct Meter {
     bytes: u64,
     bytes_max: u64,
+    table_elements: u64,
     table_elements_max: u64,
     tables_max: usize,
     memories_max: usize,
@@ -102,6 +100,7 @@ impl Meter {
         Self {
             bytes: 0,
             bytes_max: limits.memory_bytes_max,
+            table_elements: 0,
             table_elements_max: limits.table_elements_max,
             tables_max: limits.tables_max,
             memories_max: limits.memories_max,
@@ -132,15 +131,17 @@ impl ResourceLimiter for Meter {
         Ok(true)
     }
 
-    fn table_growing(&mut self, _: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
-        let fits = desired as u64 <= self.table_elements_max;
-        if !fits {
+    fn table_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        let total = self.table_elements.saturating_sub(current as u64).saturating_add(desired as u64);
+        if total > self.table_elements_max {
             self.denied = Some(format!(
-                "{desired} table elements wanted, above `table_elements_max` = {}",
+                "{total} table elements wanted, above `table_elements_max` = {}",
                 self.table_elements_max
             ));
+            return Ok(false);
         }
-        Ok(fits)
+        self.table_elements = total;
+        Ok(true)
     }
 
     fn instances(&self) -> usize {
@@ -227,6 +228,9 @@ mod tests {
         assert!(meter.denied.as_ref().unwrap().contains("120 bytes wanted"));
         assert!(meter.memory_growing(60, 100, None).unwrap());
         assert_eq!(meter.bytes(), 100);
+        assert!(meter.table_growing(0, 150_000, None).unwrap());
+        assert!(!meter.table_growing(0, 150_000, None).unwrap());
+        assert!(meter.table_growing(150_000, 200_000, None).unwrap());
         assert!(!meter.table_growing(0, 1 << 30, None).unwrap());
         assert!(meter.denied.as_ref().unwrap().contains("table_elements_max"));
     }

@@ -1,6 +1,7 @@
 //! What a guest says: log lines, standard output and its last words before a trap. Text of a guest is hostile: it is
 //! escaped, cut and counted before anyone sees it.
 
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -14,10 +15,10 @@ use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 use crate::Limits;
 
 /// Longest reason of a failed sample.
-pub(crate) const REASON_BYTES_MAX: usize = 1024;
+pub(crate) const REASON_BYTES_MAX: usize = 2048;
 
-/// How much of the standard error is kept for the reason of a trap.
-const LAST_WORDS_BYTES_MAX: usize = 512;
+/// How much of a guest's last lines is kept for the reason of a trap. Of a Python traceback the end says most.
+const LAST_WORDS_BYTES_MAX: usize = 768;
 
 /// `text` in one line: control characters and those that reorder text are escaped, and what is beyond `bytes_max` is
 /// replaced by a count.
@@ -38,6 +39,9 @@ pub(crate) fn one_line(text: &str, bytes_max: usize) -> String {
     }
     line
 }
+
+/// Between two lines of a guest's last words.
+const WORDS_BETWEEN: &str = " / ";
 
 /// The severity that a guest gives its line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +64,10 @@ pub(crate) struct Voice {
     second: Instant,
     lines: u32,
     left_out: u64,
-    last_words: String,
+    /// The last warnings, errors and lines of standard error, the newest last.
+    last_words: VecDeque<String>,
+    /// A line of standard error without its end yet.
+    unfinished: String,
 }
 
 pub(crate) type SharedVoice = Arc<Mutex<Voice>>;
@@ -79,14 +86,15 @@ impl Voice {
             second: Instant::now(),
             lines: 0,
             left_out: 0,
-            last_words: String::new(),
+            last_words: VecDeque::new(),
+            unfinished: String::new(),
         }
     }
 
     /// One line of the guest.
     pub(crate) fn say(&mut self, level: Level, message: &str) {
         if matches!(level, Level::Warn | Level::Error) {
-            self.last_words = one_line(message, LAST_WORDS_BYTES_MAX);
+            self.remember(message);
         }
         for (level, line) in self.pass(level, message, Instant::now()) {
             emit(&self.plugin, level, &line);
@@ -114,14 +122,29 @@ impl Voice {
         lines
     }
 
+    fn remember(&mut self, message: &str) {
+        self.last_words.push_back(one_line(message, LAST_WORDS_BYTES_MAX));
+        let mut bytes: usize = self.last_words.iter().map(|line| line.len() + WORDS_BETWEEN.len()).sum();
+        while bytes > LAST_WORDS_BYTES_MAX && self.last_words.len() > 1 {
+            bytes -= self.last_words.pop_front().map_or(0, |line| line.len() + WORDS_BETWEEN.len());
+        }
+    }
+
     /// Warnings, errors and standard error belong to the call that wrote them.
     pub(crate) fn forget_last_words(&mut self) {
         self.last_words.clear();
     }
 
-    /// The last warning, error or line of standard error since [`Voice::forget_last_words`].
-    pub(crate) fn last_words(&self) -> Option<&str> {
-        Some(self.last_words.as_str()).filter(|words| !words.is_empty())
+    /// The last warnings, errors and lines of standard error since [`Voice::forget_last_words`], as many as fit.
+    pub(crate) fn last_words(&mut self) -> Option<String> {
+        let unfinished = std::mem::take(&mut self.unfinished);
+        if !unfinished.trim().is_empty() {
+            self.remember(unfinished.trim_end());
+        }
+        if self.last_words.is_empty() {
+            return None;
+        }
+        Some(Vec::from_iter(self.last_words.iter().map(String::as_str)).join(WORDS_BETWEEN))
     }
 }
 
@@ -163,6 +186,9 @@ impl GuestStream {
                 }
                 pending.clear();
             }
+        }
+        if self.level == Level::Error {
+            voice.unfinished = String::from_utf8_lossy(&pending).into_owned();
         }
     }
 }
@@ -249,7 +275,7 @@ mod tests {
         let mut voice = Voice::new("p", false, &Limits::default());
         assert!(voice.pass(Level::Error, "x", Instant::now()).is_empty());
         voice.say(Level::Error, "panicked at\n3");
-        assert_eq!(voice.last_words(), Some("panicked at\\n3"));
+        assert_eq!(voice.last_words().as_deref(), Some("panicked at\\n3"));
         voice.forget_last_words();
         assert_eq!(voice.last_words(), None);
     }
@@ -260,10 +286,24 @@ mod tests {
         let voice: SharedVoice = Arc::new(Mutex::new(Voice::new("p", false, &limits)));
         let stream = GuestStream::new(voice.clone(), Level::Error);
         stream.take(b"abc");
-        assert_eq!(lock(&voice).last_words(), None);
         stream.take(b"defgh\nnext\n\n");
-        assert_eq!(lock(&voice).last_words(), Some("next"));
-        stream.take(b"\xff\xff123456789\n");
-        assert_eq!(lock(&voice).last_words(), Some("\u{fffd}\u{fffd}123"));
+        assert_eq!(lock(&voice).last_words().as_deref(), Some("abcde / next"));
+        lock(&voice).forget_last_words();
+        stream.take(b"\xff\xff123456789\nhalf");
+        assert_eq!(lock(&voice).last_words().as_deref(), Some("\u{fffd}\u{fffd}123 / half"));
+        lock(&voice).forget_last_words();
+        assert_eq!(lock(&voice).last_words(), None);
+    }
+
+    #[test]
+    fn of_a_long_traceback_the_last_lines_are_kept() {
+        let mut voice = Voice::new("p", false, &Limits::default());
+        for number in 0..200 {
+            voice.say(Level::Error, &format!("  File \"app.py\", line {number}"));
+        }
+        voice.say(Level::Error, "ValueError: no");
+        let words = voice.last_words().unwrap();
+        assert!(words.ends_with("line 199 / ValueError: no"), "{words}");
+        assert!(words.len() <= LAST_WORDS_BYTES_MAX && words.len() > 600, "{}", words.len());
     }
 }

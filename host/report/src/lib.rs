@@ -26,7 +26,7 @@ pub use jsonl::LINE_BYTES_MAX;
 pub use metrics::MetricsWriter;
 pub use plot::LearningCurve;
 pub use progress::{LogWriter, Progress, ProgressKind, StepLine, log_writer};
-pub use samples::{SampleRecord, SamplesWriter};
+pub use samples::{SaidRecord, SampleRecord, SamplesWriter};
 pub use summary::{Summary, TokensPerSecond};
 
 /// What the functions of this crate return.

@@ -18,8 +18,11 @@ pub struct SampleRecord {
     pub weight_version: u64,
     /// The prompt as the model saw it.
     pub prompt: String,
-    /// The completion, special tokens left in.
+    /// The completion, without special tokens; of a conversation the model's last message.
     pub completion: String,
+    /// A conversation: everything said after the prompt, the completion included. Empty for a single answer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conversation: Vec<SaidRecord>,
     /// What the reward function compared it with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference: Option<serde_json::Value>,
@@ -32,12 +35,22 @@ pub struct SampleRecord {
     /// Why the completion ended: `stop`, `length`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finish: Option<String>,
-    /// The tokens of the completion.
+    /// The tokens of the completion; of a conversation all after the prompt.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub token_ids: Vec<u32>,
-    /// Student against teacher at every token of the completion, in nats; `null` where it is not a finite number.
+    /// Student against teacher at every token of the completion, in nats; `null` where it is not a finite number, and at
+    /// the tokens of a conversation that the model did not write.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub kl: Vec<Option<f32>>,
+}
+
+/// One message of a conversation.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaidRecord {
+    /// `assistant` for the model itself.
+    pub role: String,
+    /// What was said.
+    pub content: String,
 }
 
 impl SampleRecord {

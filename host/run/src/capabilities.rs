@@ -1,10 +1,13 @@
 //! What the host lends to a plugin whose grants ask for it: dataset rows and the student's chat template.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use cosmos_data::chat::{ChatTemplate, Message};
 use cosmos_data::dataset::{DatasetSpec, HubOptions, Table};
 use cosmos_plugin::{Capabilities, ChatMessage, ChatRenderer, TableRequest, TableRows, TableSource};
+
+use crate::error::RunError;
 
 /// The capabilities of a run: tables from anywhere the config may name, and `chat` if the student has a template.
 pub(crate) fn capabilities(chat: Option<Arc<ChatTemplate>>) -> Capabilities {
@@ -12,6 +15,15 @@ pub(crate) fn capabilities(chat: Option<Arc<ChatTemplate>>) -> Capabilities {
         table: Some(Arc::new(Tables { hub: HubOptions::from_env() })),
         chat: chat.map(|template| Arc::new(Renderer { template }) as Arc<dyn ChatRenderer>),
     }
+}
+
+/// What a command lends that tries a plugin outside a run: tables as in a run, and the chat template of a model folder
+/// where one is named.
+///
+/// # Errors
+/// The folder has no chat template, or one that cannot be read.
+pub fn lent(model: Option<&Path>) -> Result<Capabilities, RunError> {
+    Ok(capabilities(model.map(ChatTemplate::load).transpose()?.map(Arc::new)))
 }
 
 struct Tables {

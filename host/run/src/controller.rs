@@ -125,6 +125,12 @@ pub struct Controller {
     stop: bool,
     /// Generations in a row that brought nothing.
     empty_rounds: u64,
+    /// Prompts of those generations.
+    #[serde(default)]
+    empty_prompts: u64,
+    /// Prompts of the generation under way.
+    #[serde(default)]
+    asked: u64,
 }
 
 impl Controller {
@@ -140,6 +146,8 @@ impl Controller {
             saved_at: None,
             stop: false,
             empty_rounds: 0,
+            empty_prompts: 0,
+            asked: 0,
         }
     }
 
@@ -169,7 +177,11 @@ impl Controller {
     pub fn apply(&mut self, event: Event) {
         match event {
             Event::Generated { samples } => {
-                self.empty_rounds = if samples.is_empty() { self.empty_rounds + 1 } else { 0 };
+                let asked = std::mem::take(&mut self.asked);
+                (self.empty_rounds, self.empty_prompts) = match samples.is_empty() {
+                    true => (self.empty_rounds + 1, self.empty_prompts + asked),
+                    false => (0, 0),
+                };
                 self.buffer.extend(samples);
             }
             Event::Trained => self.step += 1,
@@ -201,15 +213,27 @@ impl Controller {
             let count = missing.div_ceil(self.policy.n_generation).min(self.prompts_left());
             let first = self.cursor;
             self.cursor += count;
+            self.asked = count;
             return Action::Generate { first, count, version: self.step };
         }
         let samples = self.buffer.drain(..self.policy.train_batch as usize).map(|p| p.sample).collect();
         Action::Train { step: self.step + 1, samples, outdated: std::mem::take(&mut self.outdated) }
     }
 
-    /// Whether the run ends because generation kept failing.
+    /// Whether the run ends because generation kept failing, or brought too little for even one step.
     pub fn gave_up(&self) -> bool {
-        self.empty_rounds >= EMPTY_ROUNDS_MAX
+        self.keeps_failing() || (self.step == 0 && self.starved())
+    }
+
+    /// Generations in a row without a completion.
+    pub fn empty_rounds(&self) -> u64 {
+        self.empty_rounds
+    }
+
+    /// Many generations in a row brought nothing. A filter may well drop a few single prompts in a row, so the prompts
+    /// count too.
+    fn keeps_failing(&self) -> bool {
+        self.empty_rounds >= EMPTY_ROUNDS_MAX && self.empty_prompts >= EMPTY_PROMPTS_MIN
     }
 
     fn prompts_left(&self) -> u64 {
@@ -219,7 +243,7 @@ impl Controller {
     /// Not enough completions for a step and no prompt left that could bring more, or generation keeps failing.
     fn starved(&self) -> bool {
         let short = (self.buffer.len() as u64) < self.policy.train_batch;
-        short && (self.prompts_left() == 0 || self.empty_rounds >= EMPTY_ROUNDS_MAX)
+        short && (self.prompts_left() == 0 || self.keeps_failing())
     }
 
     fn drop_outdated(&mut self) {
@@ -253,6 +277,8 @@ impl Controller {
 
 /// Generations in a row without a single completion before the run gives up.
 pub const EMPTY_ROUNDS_MAX: u64 = 3;
+/// Prompts that those generations must have had together.
+pub const EMPTY_PROMPTS_MIN: u64 = 64;
 
 #[cfg(test)]
 mod tests {
@@ -345,11 +371,47 @@ mod tests {
         for _ in 0..100 {
             match controller.next_action() {
                 Action::Generate { .. } => controller.apply(Event::Generated { samples: Vec::new() }),
-                Action::Finish => return,
+                Action::Finish => {
+                    assert!(controller.gave_up());
+                    return;
+                }
                 other => panic!("{other:?}"),
             }
         }
         panic!("the run does not end");
+    }
+
+    #[test]
+    fn a_filter_that_drops_a_few_prompts_in_a_row_does_not_end_the_run() {
+        let policy = Policy { validation_freq: 0, dataset_len: 10_000, train_batch: 4, epochs: 1, ..policy() };
+        let mut controller = Controller::new(policy);
+        let mut generated = 0;
+        let mut trained = 0;
+        loop {
+            match controller.next_action() {
+                // One prompt a round; nine of ten are dropped.
+                Action::Generate { first, count, version } => {
+                    generated += count;
+                    let kept = (first..first + count).filter(|ordinal| ordinal % 10 == 9);
+                    let samples = kept.flat_map(|o| o * 4..o * 4 + 4).map(|sample| Pending { sample, version });
+                    controller.apply(Event::Generated { samples: samples.collect() });
+                }
+                Action::Train { .. } => {
+                    trained += 1;
+                    controller.apply(Event::Trained);
+                }
+                Action::Save { .. } => controller.apply(Event::Saved),
+                Action::Finish => break,
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!((generated, trained, controller.gave_up()), (10_000, 1000, false));
+        // Everything is dropped: it gives up long before the prompts run out.
+        let mut controller = Controller::new(policy);
+        while let Action::Generate { .. } = controller.next_action() {
+            controller.apply(Event::Generated { samples: Vec::new() });
+        }
+        assert!(controller.gave_up() && controller.cursor() < 100);
     }
 
     #[test]

@@ -109,6 +109,16 @@ impl RunError {
         }
     }
 
+    /// The same error, and the place of the value that it is about, where it names none.
+    pub(crate) fn at(mut self, value: impl FnOnce() -> String) -> Self {
+        if let Self::Config { place, .. } = &mut self
+            && place.is_empty()
+        {
+            *place = value();
+        }
+        self
+    }
+
     /// The same error, but of a run under way: no longer wrong usage.
     pub(crate) fn during(self, step: u64) -> Self {
         match self {

@@ -1,33 +1,33 @@
-//! A plugin's dataset and reward over a model folder.
+//! The plugins' datasets and rewards over a model folder.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use cosmos_config::Config;
+use cosmos_config::Resolved;
 use cosmos_engine::generate::SamplingParams;
 use cosmos_engine::model::{self, GenerationConfig};
 use cosmos_report::SampleRecord;
 use serde::Serialize;
-use serde_json::Value;
 
+use crate::choose;
+use crate::conversation::{Conversations, roll_out};
 use crate::error::{Result, Role, RunError};
-use crate::rollout::{Sampling, fetch, roll_out, score_completions};
-use crate::task::{OfferRole, Plugins, Text};
+use crate::mixture::{Mixture, Part};
+use crate::offers::OfferRole;
+use crate::plugins::Plugins;
+use crate::rewards::{RewardSet, reward_metrics, wait};
+use crate::rollout::{Completion, Sampling, fetch};
 use crate::validation::sample_record;
 
 /// What to evaluate.
 pub struct EvalOptions {
-    /// Grants, plugin settings and dataset tables; defaults when there is none.
-    pub config: Option<Config>,
+    /// Grants, plugin settings and dataset tables, and the names of the datasets and rewards as in a run's validation.
+    pub config: Resolved,
     /// Model folder.
     pub model: PathBuf,
-    /// Plugin component.
-    pub plugin: PathBuf,
-    /// Dataset by name; else the first validation dataset.
-    pub dataset: Option<String>,
-    /// Reward by name; else the first validation reward.
-    pub reward: Option<String>,
+    /// Plugin components.
+    pub plugins: Vec<PathBuf>,
     /// At most this many prompts.
     pub prompts_max: Option<usize>,
     /// Where the model computes.
@@ -49,7 +49,9 @@ pub struct EvalReport {
     pub completions: usize,
     /// Mean reward; a failed one counts as 0.
     pub reward_avg: f64,
-    /// Rewards that failed.
+    /// Means of the rewards' own values and further numbers, and their failures, as `plugin/name`.
+    pub rewards: BTreeMap<String, f64>,
+    /// Completions that a reward failed on.
     pub reward_failed: u64,
     /// Prompts that could not be used.
     pub prompts_failed: u64,
@@ -63,25 +65,33 @@ pub struct EvalReport {
 
 /// Answers a dataset's prompts with a model and judges them.
 pub fn evaluate(options: &EvalOptions) -> Result<EvalReport> {
-    let default = Config::default();
-    let config = options.config.as_ref().unwrap_or(&default);
-    let text = Text::load(&options.model)?;
-    let plugins = Plugins::load(std::slice::from_ref(&options.plugin), config, Some(&text))?;
-    let table = serde_json::to_value(&config.validation.dataset).unwrap_or(Value::Null);
-    let missing = |what: &str, name: &Option<String>| {
-        let which = name.as_ref().map_or("for validation".to_string(), |n| format!("called `{n}`"));
+    let resolved = &options.config;
+    let config = &resolved.config;
+    let text = crate::prepare::text(config, &options.model)?;
+    let plugins = Plugins::load(&options.plugins, resolved, Some(&text))?;
+    let mut conversations = Conversations::open(resolved, &plugins)?;
+    let missing = |what: &str| {
+        let files: Vec<String> = options.plugins.iter().map(|p| p.display().to_string()).collect();
         RunError::config(
             "",
-            format!("{}: offers no {what} {which}", options.plugin.display()),
-            "`plugin inspect` lists what it offers",
+            format!("{}: no {what} for validation is offered", files.join(", ")),
+            format!("`plugin inspect` lists what is offered; name one with `--{what}`"),
         )
     };
-    let mut dataset = plugins
-        .dataset(OfferRole::Validation, options.dataset.as_deref(), &table)?
-        .ok_or_else(|| missing("dataset", &options.dataset))?;
-    let mut scorer = plugins
-        .reward(OfferRole::Validation, options.reward.as_deref(), &table)?
-        .ok_or_else(|| missing("reward", &options.reward))?;
+    let role = OfferRole::Validation;
+    let chosen = choose::datasets(resolved, &plugins, role)?.ok_or_else(|| missing("dataset"))?;
+    let common = choose::validation_rewards(resolved, &plugins)?;
+    let parts = chosen.into_iter().map(|(offered, weight)| {
+        let dataset = plugins.open_dataset(resolved, &offered, role)?;
+        Ok(Part { name: offered.full(), offered: Some(offered), weight, dataset })
+    });
+    let mut dataset = Mixture::new(parts.collect::<Result<Vec<_>>>()?);
+    let routes = choose::routes(resolved, &plugins, dataset.parts(), common, role)?;
+    let rewards = RewardSet::open(resolved, &plugins, role, &routes, None)?;
+    // A conversation has its environment's reward.
+    if rewards.is_none() && conversations.is_none() {
+        return Err(missing("reward"));
+    }
     let mut model = model::load(&options.model, &options.device).role("model")?;
     let generation = GenerationConfig::from_folder(&options.model, model.config()).role("model")?;
     let count = dataset.len().min(options.prompts_max.map_or(u64::MAX, |n| n as u64));
@@ -99,26 +109,32 @@ pub fn evaluate(options: &EvalOptions) -> Result<EvalReport> {
         logprobs: false,
         logprob_temperature: 1.0,
     };
-    let Some((completions, stats)) = roll_out(model.as_mut(), &text, &jobs, &sampling, 0, &|| false)? else {
+    let items: HashMap<u64, Arc<_>> = jobs.iter().map(|j| (j.ordinal, Arc::clone(&j.item))).collect();
+    let mut scoring = rewards.as_ref().map(|set| set.scoring(&items, options.n));
+    let mut finished = |c: &Completion| scoring.as_mut().map_or(Ok(()), |scoring| scoring.finished(c));
+    let talks = conversations.as_mut();
+    let generated = roll_out(talks, model.as_mut(), &text, &jobs, &sampling, 0, &mut finished, &|| false)?;
+    let Some((completions, stats)) = generated else {
         return Err(RunError::config("", "the evaluation was interrupted", ""));
     };
-    let items: HashMap<u64, Arc<_>> = jobs.iter().map(|j| (j.ordinal, Arc::clone(&j.item))).collect();
     let n = options.n as u64;
-    let (scores, reward_failed) = score_completions(&mut scorer, &completions, &items, n)?;
-    let rewards: Vec<f64> = scores.iter().map(|s| s.as_ref().map_or(0.0, |s| s.value)).collect();
+    let judged = wait(scoring, &completions)?.unwrap_or_default();
+    let (values, numbers) = (judged.values(&completions), judged.numbers(&completions));
+    let reward_failed = judged.verdicts.iter().filter(|v| !v.failed.is_empty()).count() as u64;
+    let mut named = BTreeMap::new();
+    let verdicts = numbers.iter().zip(&judged.verdicts).map(|(n, v)| (n.as_slice(), v.failed.as_slice()));
+    reward_metrics("", &rewards.as_ref().map(RewardSet::plugins).unwrap_or_default(), verdicts, &mut named);
+    let named = named.into_iter().map(|(name, value)| (name.trim_start_matches("reward/").to_string(), value));
     let mean = |sum: f64, count: usize| if count > 0 { sum / count as f64 } else { 0.0 };
     Ok(EvalReport {
         prompts: jobs.len(),
         completions: completions.len(),
-        reward_avg: mean(rewards.iter().sum(), rewards.len()),
+        reward_avg: mean(values.iter().sum(), values.len()),
+        rewards: named.collect(),
         reward_failed,
         prompts_failed: prompts_failed + stats.failed,
         completion_length_mean: mean(stats.tokens as f64, completions.len()),
         tokens_per_second: if stats.seconds > 0.0 { stats.tokens as f64 / stats.seconds } else { 0.0 },
-        samples: completions
-            .iter()
-            .zip(rewards)
-            .map(|(c, r)| sample_record(c, "eval", 0, n, Some(r), &items))
-            .collect(),
+        samples: completions.iter().zip(values).map(|(c, r)| sample_record(c, "eval", 0, n, Some(r), &items)).collect(),
     })
 }

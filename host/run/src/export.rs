@@ -85,7 +85,7 @@ pub fn checkpoint_to_folder(checkpoint: &Path, target: &Path, dtype: &str) -> Re
             message: format!("its model's shape cannot be read: {e}"),
             hint: format!("put the student's folder back at {}", manifest.model_source.display()),
         })?;
-    let mut model = model::random(&config, "burn:flex", 0).role("student")?;
+    let mut model = model::random(&config, "cpu", 0).role("student")?;
     write_weights(model.as_mut(), &snapshot.model, checkpoint)?;
     model_folder(model.as_ref(), &manifest.model_source, target, dtype)
 }

@@ -1,8 +1,9 @@
 //! The roles of a run and the controller that drives them.
 //!
 //! [`run`] reads top to bottom: [`prepare`](prepare::prepare) checks everything before anything is written, the
-//! [`controller`] decides what happens next, and the [`session`] performs it with the roles ([`rollout`], [`teacher`],
-//! [`policy`], [`sft`], [`validation`]) in one process. Checkpoints ([`checkpoint`], [`resume`]) hold all of their state.
+//! [`controller`] decides what happens next, and the [`session`] performs it with the roles ([`rollout`],
+//! [`conversation`], [`teacher`], [`policy`], [`sft`], [`validation`]) in one process; [`rewards`] are scored meanwhile.
+//! Checkpoints ([`checkpoint`], [`resume`]) hold all of their state.
 //!
 //! This crate joins the others; it must not know wasmtime, or the tensors of a back end.
 
@@ -10,15 +11,21 @@ use std::path::{Path, PathBuf};
 
 mod capabilities;
 pub mod checkpoint;
+pub mod choose;
 pub mod controller;
+pub mod conversation;
 mod error;
 pub mod evaluate;
 pub mod export;
+pub mod mixture;
+pub mod offers;
 pub mod plan;
+pub mod plugins;
 pub mod policy;
 pub mod prepare;
 pub mod records;
 pub mod resume;
+pub mod rewards;
 pub mod rollout;
 pub mod sample;
 pub mod score;
@@ -30,6 +37,7 @@ pub mod task;
 pub mod teacher;
 pub mod validation;
 
+pub use capabilities::lent;
 pub use error::{Result, RunError};
 
 /// What to run.

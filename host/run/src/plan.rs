@@ -2,9 +2,14 @@
 
 use cosmos_config::Config;
 use cosmos_engine::model::ModelConfig;
+use cosmos_engine::walker::KEPT_BYTES_MAX;
 use serde::Serialize;
 
+use crate::choose::Weighted;
 use crate::controller::Policy;
+use crate::mixture::Mixture;
+use crate::offers::{OfferRole, Offered};
+use crate::plugins::Plugins;
 
 /// The plan of a run.
 #[derive(Debug, Clone, Serialize)]
@@ -25,6 +30,92 @@ pub struct Plan {
     pub validation_prompts: u64,
     /// Memory by role.
     pub memory: Vec<RoleMemory>,
+    /// The plugins.
+    pub plugins: Vec<PluginPlan>,
+    /// What of them is used.
+    pub uses: Vec<Use>,
+}
+
+/// A plugin of the run.
+#[derive(Debug, Clone, Serialize)]
+pub struct PluginPlan {
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// The file.
+    pub file: String,
+    /// What it may use.
+    pub grants: Vec<String>,
+}
+
+/// A dataset or reward that a run uses.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Use {
+    /// Name of the plugin; empty for columns of a table.
+    pub plugin: String,
+    /// `dataset`, `reward` or `environment`.
+    pub kind: &'static str,
+    /// What it is used for.
+    pub role: OfferRole,
+    /// `plugin/offer`.
+    pub name: String,
+    /// Its weight; none where nothing is weighed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight: Option<f64>,
+    /// Rewards: the dataset whose completions it scores, when not all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dataset: Option<String>,
+    /// Datasets: number of prompts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompts: Option<u64>,
+}
+
+impl Use {
+    /// The environment that holds the conversations.
+    pub fn environment(plugin: &str, name: String) -> Self {
+        Self {
+            plugin: plugin.to_string(),
+            kind: "environment",
+            role: OfferRole::Train,
+            name,
+            weight: None,
+            dataset: None,
+            prompts: None,
+        }
+    }
+
+    /// The datasets of `mixture`.
+    pub fn datasets(mixture: &Mixture, role: OfferRole) -> Vec<Self> {
+        let used = mixture.parts().iter().map(|part| Self {
+            plugin: part.offered.as_ref().map(|o| o.plugin_name.clone()).unwrap_or_default(),
+            kind: "dataset",
+            role,
+            name: part.name.clone(),
+            weight: part.weight,
+            dataset: None,
+            prompts: Some(part.dataset.len()),
+        });
+        used.collect()
+    }
+
+    /// The rewards of each dataset; those that are the same for all are listed once.
+    pub fn rewards(mixture: &Mixture, routes: &[Vec<Weighted>], role: OfferRole) -> Vec<Self> {
+        let same = routes.windows(2).all(|pair| pair[0] == pair[1]);
+        let listed = if same { routes.get(..1).unwrap_or_default() } else { routes };
+        let mut uses = Vec::new();
+        for (part, route) in mixture.parts().iter().zip(listed) {
+            let dataset = (!same).then(|| part.name.clone());
+            uses.extend(route.iter().map(|w| Self::reward(&w.offered, role, Some(w.weight), dataset.clone())));
+        }
+        uses
+    }
+
+    /// One reward.
+    pub fn reward(offered: &Offered, role: OfferRole, weight: Option<f64>, dataset: Option<String>) -> Self {
+        let (plugin, name) = (offered.plugin_name.clone(), offered.full());
+        Self { plugin, kind: "reward", role, name, weight, dataset, prompts: None }
+    }
 }
 
 /// Bytes a role is expected to hold at its peak.
@@ -34,9 +125,9 @@ pub struct RoleMemory {
     pub role: &'static str,
     /// Parameters of its model.
     pub parameters: u64,
-    /// Weights, gradients and optimizer moments.
+    /// Weights, the engine's copy of them, gradients and optimizer moments.
     pub weights_bytes: u64,
-    /// KV cache, block inputs or kept hidden states.
+    /// KV cache, kept activations or kept hidden states.
     pub activations_bytes: u64,
 }
 
@@ -62,8 +153,11 @@ impl Plan {
         let mut memory = vec![RoleMemory {
             role: "student",
             parameters,
-            weights_bytes: parameters * F32 * 4,
+            // Master values, gradients, two moments, and the copy that the engine computes with.
+            weights_bytes: parameters * F32 * 5,
             activations_bytes: training_tokens * (student.hidden_size * (student.num_hidden_layers + 1)) as u64 * F32
+                + (training_tokens * (student.kept_width() * student.num_hidden_layers) as u64 * F32)
+                    .min(KEPT_BYTES_MAX as u64)
                 + LOGITS_CHUNK_BYTES,
         }];
         if kind != "sft" {
@@ -80,7 +174,7 @@ impl Plan {
             memory.push(RoleMemory {
                 role: "teacher",
                 parameters,
-                weights_bytes: parameters * F32,
+                weights_bytes: parameters * F32 * 2,
                 activations_bytes: config.distillation.mini_batch as u64
                     * context.min(response * 2)
                     * (teacher.hidden_size * 4) as u64
@@ -97,7 +191,48 @@ impl Plan {
             completions_per_step: policy.train_batch,
             validation_prompts,
             memory,
+            plugins: Vec::new(),
+            uses: Vec::new(),
         }
+    }
+
+    /// The plan with its plugins and what is used of them.
+    pub fn with_plugins(mut self, plugins: &Plugins, uses: Vec<Use>) -> Self {
+        let planned = plugins.iter().map(|loaded| PluginPlan {
+            name: loaded.plugin.info().name.clone(),
+            version: loaded.plugin.info().version.clone(),
+            file: loaded.path.display().to_string(),
+            grants: loaded.grants.clone(),
+        });
+        self.plugins = planned.collect();
+        self.uses = uses;
+        self
+    }
+
+    fn plugin_lines(&self) -> Vec<String> {
+        let mut lines: Vec<String> = self
+            .plugins
+            .iter()
+            .map(|p| {
+                let grants = if p.grants.is_empty() { "none".into() } else { p.grants.join(", ") };
+                format!("plugin {} {} ({}), grants: {grants}", p.name, p.version, p.file)
+            })
+            .collect();
+        for (kind, role) in [
+            ("dataset", OfferRole::Train),
+            ("environment", OfferRole::Train),
+            ("reward", OfferRole::Train),
+            ("reward", OfferRole::Filter),
+            ("dataset", OfferRole::Validation),
+            ("reward", OfferRole::Validation),
+        ] {
+            let used: Vec<String> =
+                self.uses.iter().filter(|u| u.kind == kind && u.role == role).map(use_text).collect();
+            if !used.is_empty() {
+                lines.push(format!("{} {kind}: {}", role.word(), used.join(" + ")));
+            }
+        }
+        lines
     }
 
     /// Lines for people.
@@ -112,6 +247,7 @@ impl Plan {
         if self.validation_prompts > 0 {
             lines.push(format!("validation on {} held-out prompts", self.validation_prompts));
         }
+        lines.extend(self.plugin_lines());
         for m in &self.memory {
             let held = bytes(m.activations_bytes);
             lines.push(match (m.role, m.parameters) {
@@ -132,11 +268,19 @@ impl Plan {
     }
 }
 
+/// `0.7 x gsm8k/train (7473 prompts)`.
+fn use_text(used: &Use) -> String {
+    let weight = used.weight.map(|w| format!("{w} x ")).unwrap_or_default();
+    let prompts = used.prompts.map(|n| format!(" ({n} prompts)")).unwrap_or_default();
+    let dataset = used.dataset.as_ref().map(|d| format!(" for {d}")).unwrap_or_default();
+    format!("{weight}{}{prompts}{dataset}", used.name)
+}
+
 fn objective_name(config: &Config, kind: &str) -> String {
     let d = &config.distillation;
     match kind {
         "sft" => "negative log-likelihood of the responses".into(),
-        "grpo" => "GRPO on the plugin's reward".into(),
+        "grpo" => "GRPO on the plugins' rewards".into(),
         _ => match d.top_k {
             0 => "sampled reverse KL to the teacher".into(),
             -1 => format!("full-vocabulary generalized JSD to the teacher, beta {}", d.jsd_beta),

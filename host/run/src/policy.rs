@@ -80,13 +80,20 @@ impl PolicyRole {
         let mut hidden: Vec<Option<Vec<f32>>> = Vec::with_capacity(completions.len());
         let mut samples: Vec<Sample> = Vec::with_capacity(completions.len());
         for completion in completions {
-            let mut answer = answers.remove(&completion.sample);
+            let lead = if self.include_prompt() { completion.prompt_ids.len() - 1 } else { 0 };
+            let mut answer = answers.remove(&completion.sample).map(|answer| answer.of_own(completion, lead));
             hidden.push(answer.as_mut().and_then(|a| a.hidden_rh.take()));
             samples.push(self.sample(completion, answer));
         }
-        self.add_reference(reference, &mut samples)?;
         let batch = self.optimize_batch.unwrap_or(samples.len()).clamp(1, samples.len().max(1));
         let several_updates = batch < samples.len() || self.mu_iterations > 1;
+        for (sample, completion) in samples.iter_mut().zip(completions) {
+            // Under other weights the difference would be training, not a mismatch of the two paths.
+            if completion.version == step && !several_updates && !completion.logprobs.is_empty() {
+                sample.recorded = Some(completion.logprobs.clone());
+            }
+        }
+        self.add_reference(reference, &mut samples)?;
         if several_updates && !self.rollout_is_old {
             let old = self.logprobs(student.model.as_mut(), &samples)?;
             samples.iter_mut().zip(old).for_each(|(sample, old)| sample.old = Some(old));
@@ -158,7 +165,7 @@ impl PolicyRole {
         if record {
             for (index, completion) in completions[micro].iter().enumerate() {
                 let kl = loss.sample_kl(index);
-                let own = completion.tokens.len().min(kl.len());
+                let own = completion.own_len().min(kl.len());
                 outcome.kl_of.insert(completion.sample, kl[kl.len() - own..].to_vec());
             }
             let report = loss.into_report();
@@ -167,6 +174,10 @@ impl PolicyRole {
             outcome.report.merge(report);
         }
         Ok(())
+    }
+
+    fn include_prompt(&self) -> bool {
+        self.spec.distill.as_ref().is_some_and(|d| d.include_prompt)
     }
 
     /// Consecutive samples: `mini_batch` at a time, or as many as fit `max_token_len_per_mini_batch`.
@@ -213,9 +224,11 @@ impl PolicyRole {
         Sample {
             ids: completion.ids(),
             prompt_len: completion.prompt_ids.len(),
+            own: (!completion.own.is_empty()).then(|| completion.own.clone()),
             advantage: completion.advantage,
             old: self.rollout_is_old.then(|| completion.logprobs.clone()),
             rollout: self.wants_rollout.then(|| completion.logprobs.clone()),
+            recorded: None,
             reference: None,
             teacher,
             teacher_entropy,
@@ -240,7 +253,14 @@ impl PolicyRole {
         let options =
             ScoreOptions { temperature: self.spec.temperature, mini_batch: self.mini_batch, ..ScoreOptions::default() };
         let scored = score(model, &requests, &options).role("student")?;
-        Ok(scored.into_iter().map(|s| s.logprobs).collect())
+        let own_only = |(all, sample): (Vec<f32>, &Sample)| match sample.own {
+            Some(_) => {
+                let first = sample.first(&self.spec);
+                sample.targets(&self.spec).filter_map(|at| all.get(at - first).copied()).collect()
+            }
+            None => all,
+        };
+        Ok(scored.into_iter().map(|s| s.logprobs).zip(samples).map(own_only).collect())
     }
 }
 
@@ -373,6 +393,10 @@ impl StepOutcome {
             }
             put("teacher_missing_samples", r.missing_samples as f64);
             put("teacher_missing_tokens", r.missing_tokens as f64);
+        }
+        if let Some(mean) = r.mismatch.mean() {
+            m.insert("rollout/logprob_mismatch_mean".into(), mean);
+            m.insert("rollout/logprob_mismatch_max".into(), r.mismatch.max);
         }
         m
     }

@@ -7,17 +7,26 @@ use cosmos_data::order::Order;
 use cosmos_engine::model::{GenerationConfig, Model, ModelConfig};
 use serde_json::Value;
 
+use crate::choose::{self, Common, Filter};
 use crate::controller::Policy;
+use crate::conversation::Conversations;
 use crate::error::{Result, Role, RunError};
-use crate::plan::Plan;
+use crate::mixture::{Mixture, Part, Schedule};
+use crate::offers::{OfferRole, Offered};
+use crate::plan::{Plan, Use};
+use crate::plugins::Plugins;
 use crate::policy::PolicyRole;
+use crate::rewards::RewardSet;
 use crate::rollout::{Sampling, fetch, training_sampling, validation_sampling};
-use crate::task::{Dataset, OfferRole, Plugins, Scorer, Text, column_dataset};
+use crate::task::{Dataset, Item, Text, column_dataset};
 use crate::teacher::{TeacherRole, Wanted, check_widths};
 use crate::validation::Validation;
 
 /// Held-out prompts on which the KL is measured.
 const KL_PROMPTS: usize = 128;
+/// Prompts with which an environment is tried before the run starts.
+const PROMPTS_TRIED: usize = 8;
+const TEMPLATE_KEY: &str = "rollout.multi_turn_config.custom_chat_template_path";
 /// Prompts looked at before the run starts.
 const PROMPTS_CHECKED: u64 = 64;
 
@@ -29,8 +38,8 @@ pub enum Kind {
         role: Box<PolicyRole>,
         /// How completions are sampled.
         sampling: Box<Sampling>,
-        /// The reward of training completions, unless bypassed.
-        reward: Option<Scorer>,
+        /// The rewards of training completions, unless bypassed.
+        rewards: Option<RewardSet>,
         /// The teacher, when distilling.
         teacher: Option<Box<TeacherRole>>,
         /// The frozen copy that `kl_beta` pulls towards.
@@ -69,9 +78,13 @@ pub struct Prepared {
     /// The plugins, kept alive and named in the records.
     pub plugins: Plugins,
     /// Training prompts.
-    pub dataset: Dataset,
+    pub dataset: Mixture,
     /// Their order.
-    pub order: Order,
+    pub schedule: Schedule,
+    /// What of the plugins the run uses.
+    pub uses: Vec<Use>,
+    /// Who talks with the student, where completions are conversations.
+    pub conversations: Option<Conversations>,
     /// Held-out prompts, when validation is on.
     pub validation: Option<Validation>,
     /// Kind of run.
@@ -90,7 +103,9 @@ impl Prepared {
         let config = &self.resolved.config;
         let prompts = self.validation.as_ref().map_or(0, |v| v.jobs.len() as u64);
         let mini_batch = config.train.train_policy.mini_batch() as u64;
-        Ok(Plan::new(config, &self.policy, self.kind.name(), prompts, &self.student_config, teacher, mini_batch))
+        let plan =
+            Plan::new(config, &self.policy, self.kind.name(), prompts, &self.student_config, teacher, mini_batch);
+        Ok(plan.with_plugins(&self.plugins, self.uses.clone()))
     }
 }
 
@@ -115,6 +130,21 @@ fn first_problem(errors: cosmos_config::ConfigErrors) -> RunError {
     }
 }
 
+/// Text in and out of a model folder, with the chat template that the configuration puts in place of the model's.
+pub(crate) fn text(config: &Config, folder: &Path) -> Result<Text> {
+    let text = Text::load(folder)?;
+    let turns = &config.rollout.multi_turn_config;
+    match turns.custom_chat_template_path.as_deref().filter(|_| turns.enable) {
+        Some(path) if !Path::new(path).is_file() => Err(RunError::config(
+            "",
+            format!("`{TEMPLATE_KEY}` = `{path}` is not a file"),
+            "give the path of a Jinja template, or leave it out to use the student's own",
+        )),
+        Some(path) => text.with_template(Path::new(path), folder),
+        None => Ok(text),
+    }
+}
+
 /// Loads and checks everything.
 pub fn prepare(resolved: Resolved, plugin_paths: &[PathBuf]) -> Result<Prepared> {
     let config = &resolved.config;
@@ -126,20 +156,15 @@ pub fn prepare(resolved: Resolved, plugin_paths: &[PathBuf]) -> Result<Prepared>
         config.policy.model_revision.as_deref(),
     )?;
     let student_config = ModelConfig::from_folder(&student_folder).role("student")?;
-    let text = Text::load(&student_folder)?;
+    let text = text(config, &student_folder).map_err(|e| e.at(|| place(&resolved, TEMPLATE_KEY)))?;
     check_tokenizer(&text, &student_config, &student_folder)?;
     check_batches(&resolved)?;
     check_context(&resolved, &student_config)?;
-    let plugins = Plugins::load(plugin_paths, config, Some(&text))?;
-    let table = json_of(config.train.train_policy.dataset());
-    let mut dataset = training_dataset(&resolved, &plugins, &table)?;
-    if dataset.is_empty() {
-        return Err(RunError::config(
-            place(&resolved, "train.train_policy.dataset.name"),
-            "the training dataset is empty",
-            "choose another split or dataset",
-        ));
-    }
+    let plugins = Plugins::load(plugin_paths, &resolved, Some(&text))?;
+    let chosen = Chosen::new(&resolved, &plugins)?;
+    let mut uses = Vec::new();
+    let mut dataset = training_dataset(&resolved, &plugins, chosen.train)?;
+    uses.extend(Use::datasets(&dataset, OfferRole::Train));
     let (shuffle, seed) = match (config.train.train_policy.grpo(), config.train.train_policy.sft()) {
         (Some(g), _) => (g.dataloader_shuffle, g.dataloader_seed),
         (_, Some(s)) => (s.dataloader_shuffle, s.dataloader_seed),
@@ -147,14 +172,108 @@ pub fn prepare(resolved: Resolved, plugin_paths: &[PathBuf]) -> Result<Prepared>
     };
     let order = Order { seed: seed as u64, shuffle };
     check_prompts(&resolved, &mut dataset, &order, &text)?;
+    let schedule = schedule(&dataset, order);
     let generation = GenerationConfig::from_folder(&student_folder, &student_config).role("student")?;
-    let kind = kind(&resolved, &plugins, &table, &text, &student_folder, &student_config, &generation)?;
-    let validation = validation(&resolved, &plugins, &text, &generation)?;
-    let policy = controller_policy(&resolved, &dataset, &kind, validation.is_some())?;
-    Ok(Prepared { student_folder, student_config, text, plugins, dataset, order, validation, kind, policy, resolved })
+    let conversations = conversations(&resolved, &plugins, &mut dataset, &order, &text, &generation)?;
+    uses.extend(conversations.iter().map(|c| Use::environment(c.plugin(), c.name())));
+    let rewards = training_rewards(&resolved, &plugins, &dataset, chosen.training_rewards, chosen.filter, &mut uses)?;
+    let holds = conversations.is_some();
+    let kind = kind(&resolved, rewards, &text, &student_folder, &student_config, &generation, holds)?;
+    let validation = match chosen.validation {
+        Some((datasets, rewards)) => {
+            Some(validation(&resolved, &plugins, &text, &generation, datasets, rewards, &mut uses)?)
+        }
+        None => None,
+    };
+    warn_of_idle_plugins(&plugins, &uses);
+    let policy = controller_policy(&resolved, schedule.epoch_len(), &kind, validation.is_some())?;
+    Ok(Prepared {
+        student_folder,
+        student_config,
+        text,
+        plugins,
+        dataset,
+        schedule,
+        uses,
+        conversations,
+        validation,
+        kind,
+        policy,
+        resolved,
+    })
 }
 
-fn json_of(value: &impl serde::Serialize) -> Value {
+/// Offers of plugins, with weights where they are mixed by weight; none: columns of a table.
+type Datasets = Option<Vec<(Offered, Option<f64>)>>;
+
+/// What the configuration names of the plugins: all of it is looked up before anything is opened.
+struct Chosen {
+    train: Datasets,
+    training_rewards: Common,
+    filter: Option<Filter>,
+    /// When validation is on.
+    validation: Option<(Datasets, Common)>,
+}
+
+impl Chosen {
+    fn new(resolved: &Resolved, plugins: &Plugins) -> Result<Self> {
+        Ok(Self {
+            train: choose::datasets(resolved, plugins, OfferRole::Train)?,
+            training_rewards: choose::training_rewards(resolved, plugins)?,
+            filter: choose::filter(resolved, plugins)?,
+            validation: match resolved.config.validation.enable {
+                true => Some((
+                    choose::datasets(resolved, plugins, OfferRole::Validation)?,
+                    choose::validation_rewards(resolved, plugins)?,
+                )),
+                false => None,
+            },
+        })
+    }
+}
+
+/// The order of the prompts.
+fn schedule(dataset: &Mixture, order: Order) -> Schedule {
+    let lens = dataset.parts().iter().map(|part| part.dataset.len()).collect();
+    let weights: Option<Vec<f64>> = dataset.parts().iter().map(|part| part.weight).collect();
+    Schedule::new(order, lens, weights.as_deref())
+}
+
+/// Who talks with the student, tried on the first prompts; none when completions are single answers.
+fn conversations(
+    resolved: &Resolved,
+    plugins: &Plugins,
+    dataset: &mut Mixture,
+    order: &Order,
+    text: &Text,
+    generation: &GenerationConfig,
+) -> Result<Option<Conversations>> {
+    let config = &resolved.config;
+    let at = || {
+        let key =
+            if config.host.environment.is_some() { "host.environment" } else { "rollout.multi_turn_config.enable" };
+        place(resolved, key)
+    };
+    let Some(mut conversations) = Conversations::open(resolved, plugins).map_err(|e| e.at(at))? else {
+        return Ok(None);
+    };
+    let first: Vec<u64> = order.indices(dataset.len(), 1).into_iter().take(PROMPTS_TRIED).collect();
+    let items: Vec<Item> = dataset.get(&first, text)?.into_iter().flatten().collect();
+    let sampling = training_sampling(config, generation.eos_token_ids.clone(), 0, 0);
+    conversations.check(&items, text, &sampling).map_err(|e| e.at(at))?;
+    Ok(Some(conversations))
+}
+
+fn warn_of_idle_plugins(plugins: &Plugins, uses: &[Use]) {
+    for loaded in plugins.iter() {
+        let name = &loaded.plugin.info().name;
+        if !uses.iter().any(|u| u.plugin == *name) {
+            tracing::warn!("plugin `{name}` ({}) is loaded, but nothing of it is used", loaded.path.display());
+        }
+    }
+}
+
+pub(crate) fn json_of(value: &impl serde::Serialize) -> Value {
     serde_json::to_value(value).unwrap_or(Value::Null)
 }
 
@@ -237,73 +356,139 @@ fn check_context(resolved: &Resolved, model: &ModelConfig) -> Result<()> {
     Ok(())
 }
 
-fn check_prompts(resolved: &Resolved, dataset: &mut Dataset, order: &Order, text: &Text) -> Result<()> {
-    let first: Vec<u64> = order.indices(dataset.len(), 1).into_iter().take(PROMPTS_CHECKED as usize).collect();
+/// Looks at the first prompts of each dataset, in its own order.
+fn check_prompts(resolved: &Resolved, dataset: &mut Mixture, order: &Order, text: &Text) -> Result<()> {
     let context = resolved.config.policy.model_max_length;
-    let mut last_failure = None;
-    let mut good = 0;
-    for (index, item) in first.iter().zip(dataset.get(&first, text)?) {
-        match item {
-            Ok(item) if item.prompt_ids.len() >= context => {
-                return Err(RunError::config(
-                    place(resolved, "policy.model_max_length"),
-                    format!(
-                        "prompt {index} has {} tokens, but `policy.model_max_length` = {context} must hold prompt and completion",
-                        item.prompt_ids.len()
-                    ),
-                    "raise `policy.model_max_length` or leave long prompts out of the dataset",
-                ));
+    for part in 0..dataset.parts().len() {
+        let (start, len) = (dataset.start(part), dataset.parts()[part].dataset.len());
+        let first: Vec<u64> = order.indices(len, 1).into_iter().take(PROMPTS_CHECKED as usize).collect();
+        let indices: Vec<u64> = first.iter().map(|index| start + index).collect();
+        let mut last_failure = None;
+        let mut good = 0;
+        for (index, item) in first.iter().zip(dataset.get(&indices, text)?) {
+            match item {
+                Ok(item) if item.prompt_ids.len() >= context => {
+                    return Err(RunError::config(
+                        place(resolved, "policy.model_max_length"),
+                        format!(
+                            "prompt {index} has {} tokens, but `policy.model_max_length` = {context} must hold prompt and completion",
+                            item.prompt_ids.len()
+                        ),
+                        "raise `policy.model_max_length` or leave long prompts out of the dataset",
+                    ));
+                }
+                Ok(_) => good += 1,
+                Err(reason) => last_failure = Some((index, reason)),
             }
-            Ok(_) => good += 1,
-            Err(reason) => last_failure = Some((index, reason)),
+        }
+        if let (Some((index, reason)), 0) = (last_failure, good) {
+            let of = match dataset.parts() {
+                [_] => String::new(),
+                parts => format!(" of `{}`", parts[part].name),
+            };
+            return Err(RunError::config(
+                place(resolved, "train.train_policy.dataset.name"),
+                format!("none of the first {} prompts{of} can be used; prompt {index}: {reason}", first.len()),
+                "`plugin inspect` shows what the plugin expects",
+            ));
         }
     }
-    match last_failure {
-        Some((index, reason)) if good == 0 => Err(RunError::config(
-            place(resolved, "train.train_policy.dataset.name"),
-            format!("none of the first {} prompts can be used; prompt {index}: {reason}", first.len()),
-            "`plugin inspect` shows what the plugin expects",
-        )),
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
-fn training_dataset(resolved: &Resolved, plugins: &Plugins, table: &Value) -> Result<Dataset> {
-    if let Some(dataset) = plugins.dataset(OfferRole::Train, None, table)? {
-        return Ok(dataset);
-    }
+/// Opens datasets that plugins offer.
+fn plugin_datasets(
+    resolved: &Resolved,
+    plugins: &Plugins,
+    chosen: Vec<(Offered, Option<f64>)>,
+    role: OfferRole,
+) -> Result<Mixture> {
+    let parts = chosen.into_iter().map(|(offered, weight)| {
+        let dataset = plugins.open_dataset(resolved, &offered, role)?;
+        Ok(Part { name: offered.full(), offered: Some(offered), weight, dataset })
+    });
+    Ok(Mixture::new(parts.collect::<Result<Vec<_>>>()?))
+}
+
+/// Columns of a table as the only dataset.
+fn only_columns(name: &str, dataset: Dataset) -> Mixture {
+    Mixture::new(vec![Part { name: format!("columns of {name}"), offered: None, weight: None, dataset }])
+}
+
+/// An empty dataset leaves nothing to do.
+fn check_filled(resolved: &Resolved, dataset: &Mixture, role: OfferRole, key: &str, hint: &str) -> Result<()> {
+    let Some(part) = dataset.parts().iter().find(|part| part.dataset.is_empty()) else { return Ok(()) };
+    let which = if dataset.parts().len() > 1 { format!(" `{}`", part.name) } else { String::new() };
+    Err(RunError::config(place(resolved, key), format!("the {} dataset{which} is empty", role.word()), hint))
+}
+
+fn training_dataset(resolved: &Resolved, plugins: &Plugins, chosen: Datasets) -> Result<Mixture> {
+    let dataset = match chosen {
+        Some(chosen) => plugin_datasets(resolved, plugins, chosen, OfferRole::Train)?,
+        None => training_columns(resolved)?,
+    };
+    let hint = "choose another split or dataset";
+    check_filled(resolved, &dataset, OfferRole::Train, "train.train_policy.dataset.name", hint)?;
+    Ok(dataset)
+}
+
+fn training_columns(resolved: &Resolved) -> Result<Mixture> {
     let policy = &resolved.config.train.train_policy;
-    if policy.dataset().name.is_empty() && policy.dataset().local_dir.is_empty() {
+    let (name, table) = (&policy.dataset().name, json_of(policy.dataset()));
+    if name.is_empty() && policy.dataset().local_dir.is_empty() {
         return Err(RunError::config(
             place(resolved, "train.train_policy.dataset.name"),
             "there is nothing to train on: no plugin offers a training dataset and `train.train_policy.dataset.name` is empty",
             "pass `--plugin FILE.wasm`, or name a dataset",
         ));
     }
-    match (policy.grpo(), policy.sft()) {
+    let dataset = match (policy.grpo(), policy.sft()) {
         (Some(g), _) if !g.prompt_column_name.is_empty() => {
-            column_dataset(table, &g.prompt_column_name, &g.response_column_name, false, "")
+            column_dataset(&table, &g.prompt_column_name, &g.response_column_name, false, "")
         }
         (_, Some(s)) if !s.prompt_column_name.is_empty() => {
-            column_dataset(table, &s.prompt_column_name, &s.response_column_name, false, &s.system_prompt)
+            column_dataset(&table, &s.prompt_column_name, &s.response_column_name, false, &s.system_prompt)
         }
-        (_, Some(s)) => column_dataset(table, &s.conversation_column_name, "", true, &s.system_prompt),
+        (_, Some(s)) => column_dataset(&table, &s.conversation_column_name, "", true, &s.system_prompt),
         _ => Err(RunError::config(
             place(resolved, "train.train_policy.prompt_column_name"),
             "without a plugin dataset `train.train_policy.prompt_column_name` must name the column of the prompts",
             "name it, or pass `--plugin FILE.wasm`",
         )),
+    }?;
+    Ok(only_columns(name, dataset))
+}
+
+/// Opens the rewards of training, unless they are bypassed.
+fn training_rewards(
+    resolved: &Resolved,
+    plugins: &Plugins,
+    dataset: &Mixture,
+    common: Common,
+    filter: Option<Filter>,
+    uses: &mut Vec<Use>,
+) -> Result<Option<RewardSet>> {
+    let Some(grpo) = resolved.config.train.train_policy.grpo() else { return Ok(None) };
+    if grpo.bypass_reward && !resolved.config.host.score_bypassed {
+        return Ok(None);
     }
+    let routes = choose::routes(resolved, plugins, dataset.parts(), common, OfferRole::Train)?;
+    let set = RewardSet::open(resolved, plugins, OfferRole::Train, &routes, filter.as_ref())?;
+    uses.extend(Use::rewards(dataset, &routes, OfferRole::Train));
+    if let Some(Filter::Terms(terms)) = &filter {
+        uses.extend(terms.iter().map(|offered| Use::reward(offered, OfferRole::Filter, None, None)));
+    }
+    Ok(set)
 }
 
 fn kind(
     resolved: &Resolved,
-    plugins: &Plugins,
-    table: &Value,
+    rewards: Option<RewardSet>,
     text: &Text,
     student_folder: &Path,
     student: &ModelConfig,
     generation: &GenerationConfig,
+    holds_conversations: bool,
 ) -> Result<Kind> {
     let config = &resolved.config;
     let Some(grpo) = config.train.train_policy.grpo() else {
@@ -321,11 +506,15 @@ fn kind(
     } else {
         None
     };
-    let reward = if grpo.bypass_reward { None } else { plugins.reward(OfferRole::Train, None, table)? };
-    if teacher.is_none() && reward.is_none() {
+    if teacher.is_none() && (rewards.is_none() && !holds_conversations || grpo.bypass_reward) {
         return Err(RunError::config(
             place(resolved, "distillation.enable"),
-            "there is nothing to learn from: distillation is off and no plugin offers a training reward",
+            match grpo.bypass_reward {
+                true => {
+                    "there is nothing to learn from: distillation is off and `train.train_policy.bypass_reward` is on"
+                }
+                false => "there is nothing to learn from: distillation is off and no plugin offers a training reward",
+            },
             "set `distillation.enable = true`, or pass a plugin with a training reward",
         ));
     }
@@ -336,7 +525,7 @@ fn kind(
     };
     let seed = config.rollout.seed.or(config.train.seed).unwrap_or(0) as u64;
     let sampling = training_sampling(config, generation.eos_token_ids.clone(), candidates, seed);
-    Ok(Kind::Policy { role: Box::new(role), sampling: Box::new(sampling), reward, teacher, reference })
+    Ok(Kind::Policy { role: Box::new(role), sampling: Box::new(sampling), rewards, teacher, reference })
 }
 
 fn teacher(resolved: &Resolved, text: &Text, student: &ModelConfig, role: &PolicyRole) -> Result<TeacherRole> {
@@ -377,24 +566,24 @@ fn validation(
     plugins: &Plugins,
     text: &Text,
     generation: &GenerationConfig,
-) -> Result<Option<Validation>> {
+    datasets: Datasets,
+    common: Common,
+    uses: &mut Vec<Use>,
+) -> Result<Validation> {
     let config = &resolved.config;
-    if !config.validation.enable {
-        return Ok(None);
-    }
-    let table = json_of(&config.validation.dataset);
-    let mut dataset = validation_dataset(resolved, plugins, &table)?;
+    let mut dataset = match datasets {
+        Some(chosen) => plugin_datasets(resolved, plugins, chosen, OfferRole::Validation)?,
+        None => validation_columns(resolved)?,
+    };
+    let hint = "choose another split or size";
+    check_filled(resolved, &dataset, OfferRole::Validation, "validation.dataset.name", hint)?;
     let indices: Vec<(u64, u64)> = (0..dataset.len()).map(|i| (i, i)).collect();
-    if indices.is_empty() {
-        return Err(RunError::config(
-            place(resolved, "validation.dataset.name"),
-            "the validation dataset is empty",
-            "choose another split or size",
-        ));
-    }
     let mut failed = 0;
     let jobs = fetch(&mut dataset, text, &indices, &mut failed)?;
-    let scorer = plugins.reward(OfferRole::Validation, None, &table)?;
+    let routes = choose::routes(resolved, plugins, dataset.parts(), common, OfferRole::Validation)?;
+    let rewards = RewardSet::open(resolved, plugins, OfferRole::Validation, &routes, None)?;
+    uses.extend(Use::datasets(&dataset, OfferRole::Validation));
+    uses.extend(Use::rewards(&dataset, &routes, OfferRole::Validation));
     // Not the training seed: its random streams are keyed by ordinals that validation uses too.
     let seed = config.rollout.seed.or(config.train.seed).unwrap_or(0) as u64 ^ 0x5641_4c49_4441_5445;
     let stop_ids = generation.eos_token_ids.clone();
@@ -406,27 +595,27 @@ fn validation(
     let mut kl_sampling = training_sampling(config, stop_ids.clone(), 0, seed);
     kl_sampling.n = 1;
     let temperature = config.train.train_policy.grpo().map_or(1.0, |g| g.temperature as f32);
-    Ok(Some(Validation {
+    Ok(Validation {
         jobs,
-        scorer,
+        rewards,
+        datasets: dataset.parts().iter().map(|part| part.name.clone()).collect(),
         sampling: validation_sampling(config, stop_ids, seed),
         kl_sampling,
         kl_prompts: KL_PROMPTS,
         mini_batch: config.distillation.mini_batch.max(1),
         temperature,
-    }))
+    })
 }
 
-/// A plugin's, else the columns of `validation.dataset` under the training set's names, as in the original.
-fn validation_dataset(resolved: &Resolved, plugins: &Plugins, table: &Value) -> Result<Dataset> {
-    if let Some(dataset) = plugins.dataset(OfferRole::Validation, None, table)? {
-        return Ok(dataset);
-    }
+/// The columns of `validation.dataset` under the training set's names, as in the original.
+fn validation_columns(resolved: &Resolved) -> Result<Mixture> {
     let config = &resolved.config;
+    let (name, table) = (&config.validation.dataset.name, json_of(&config.validation.dataset));
     match config.train.train_policy.grpo() {
-        Some(grpo) if !config.validation.dataset.name.is_empty() && !grpo.prompt_column_name.is_empty() => {
-            column_dataset(table, &grpo.prompt_column_name, &grpo.response_column_name, false, "")
-        }
+        Some(grpo) if !name.is_empty() && !grpo.prompt_column_name.is_empty() => Ok(only_columns(
+            name,
+            column_dataset(&table, &grpo.prompt_column_name, &grpo.response_column_name, false, "")?,
+        )),
         _ => Err(RunError::config(
             place(resolved, "validation.enable"),
             "validation is on, but no plugin offers a validation dataset and no `validation.dataset.name` with `train.train_policy.prompt_column_name` is given",
@@ -435,7 +624,7 @@ fn validation_dataset(resolved: &Resolved, plugins: &Plugins, table: &Value) -> 
     }
 }
 
-fn controller_policy(resolved: &Resolved, dataset: &Dataset, kind: &Kind, validating: bool) -> Result<Policy> {
+fn controller_policy(resolved: &Resolved, epoch_len: u64, kind: &Kind, validating: bool) -> Result<Policy> {
     let config: &Config = &resolved.config;
     let ckpt = &config.train.ckpt;
     let n_generation = match kind {
@@ -443,14 +632,14 @@ fn controller_policy(resolved: &Resolved, dataset: &Dataset, kind: &Kind, valida
         Kind::Sft { .. } => 1,
     };
     let train_batch = config.train.train_batch_per_replica as u64;
-    let steps_per_epoch = (dataset.len() * n_generation / train_batch).max(1);
+    let steps_per_epoch = (epoch_len * n_generation / train_batch).max(1);
     let save_freq = match (ckpt.enable_checkpoint, ckpt.save_freq_in_epoch) {
         (false, _) => 0,
         (true, epochs) if epochs > 0 => epochs as u64 * steps_per_epoch,
         (true, _) => ckpt.save_freq.max(0) as u64,
     };
     let policy = Policy {
-        dataset_len: dataset.len(),
+        dataset_len: epoch_len,
         epochs: config.train.epoch as u64,
         n_generation,
         train_batch,

@@ -9,11 +9,12 @@ use cosmos_config::Config;
 use cosmos_engine::generate::{FinishReason, GenerateOptions, GenerateRequest, SamplingParams, generate};
 use cosmos_engine::model::Model;
 use cosmos_engine::score::{ScoreOptions, ScoreRequest, score};
-use cosmos_plugin::RewardSample;
+use cosmos_plugin::ChatMessage;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, Role};
-use crate::task::{Dataset, Item, Scored, Scorer, Text};
+use crate::mixture::Mixture;
+use crate::task::{Item, Text};
 
 /// A completion on its way through the run. Serializable, because those in flight are part of a checkpoint.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -26,22 +27,32 @@ pub struct Completion {
     pub prompt: String,
     /// Prompt ids.
     pub prompt_ids: Vec<u32>,
-    /// Completion ids, with the stop id if it stopped by one.
+    /// Completion ids, with the stop id if it stopped by one. In a conversation all turns, with what others said.
     pub tokens: Vec<u32>,
-    /// Completion text, without special tokens.
+    /// Which of `tokens` the model sampled itself; empty: all of them. Only those are trained on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub own: Vec<bool>,
+    /// Completion text, without special tokens. In a conversation the model's last message.
     pub text: String,
+    /// A conversation's messages after the prompt.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conversation: Vec<ChatMessage>,
     /// Whether it ended by itself rather than by a limit.
     pub stopped: bool,
-    /// Log-prob of each token under the rollout's weights and the training temperature, where they were recorded. `[t]`
+    /// Log-prob of each own token under the rollout's weights and the training temperature, where they were recorded. `[t]`
     #[serde(with = "bits")]
     pub logprobs: Vec<f32>,
-    /// Candidate ids of each position where the objective wants the student's support. `[t · k]`
+    /// Candidate ids of each own position where the objective wants the student's support. `[t · k]`
     pub candidate_ids: Vec<u32>,
     /// Reward, where one was computed.
+    #[serde(default, with = "maybe_double")]
     pub reward: Option<f64>,
-    /// Further named numbers of the reward.
-    #[serde(default)]
+    /// The rewards' own values and further numbers, by the name they are logged under.
+    #[serde(default, with = "named_doubles")]
     pub reward_metrics: Vec<(String, f64)>,
+    /// Plugins whose rewards failed on it.
+    #[serde(default)]
+    pub reward_failed: Vec<String>,
     /// Group-normalised reward.
     #[serde(with = "bit")]
     pub advantage: f32,
@@ -73,10 +84,114 @@ mod bits {
     }
 }
 
+/// A double as its bits in hexadecimal; a number, as earlier versions wrote it, is read too.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Double {
+    Bits(String),
+    Number(f64),
+}
+
+impl Double {
+    fn new(value: f64) -> Self {
+        Self::Bits(format!("{:016x}", value.to_bits()))
+    }
+
+    fn value<E: serde::de::Error>(self) -> std::result::Result<f64, E> {
+        match self {
+            Self::Bits(text) => u64::from_str_radix(&text, 16).map(f64::from_bits).map_err(E::custom),
+            Self::Number(value) => Ok(value),
+        }
+    }
+}
+
+/// A double, bit for bit.
+pub(crate) mod bits_of_double {
+    use super::Double;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
+        Double::new(*value).serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+        Double::deserialize(from)?.value()
+    }
+}
+
+/// A double or none, bit for bit.
+mod maybe_double {
+    use super::Double;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(value: &Option<f64>, to: S) -> Result<S::Ok, S::Error> {
+        value.map(Double::new).serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error> {
+        Option::<Double>::deserialize(from)?.map(Double::value).transpose()
+    }
+}
+
+/// Doubles with names, bit for bit.
+mod named_doubles {
+    use super::Double;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(values: &[(String, f64)], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(values.iter().map(|(name, value)| (name, Double::new(*value))))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<(String, f64)>, D::Error> {
+        let pairs = Vec::<(String, Double)>::deserialize(from)?;
+        pairs.into_iter().map(|(name, value)| Ok((name, value.value()?))).collect()
+    }
+}
+
 impl Completion {
     /// Prompt and completion ids.
     pub fn ids(&self) -> Vec<u32> {
         [self.prompt_ids.as_slice(), &self.tokens].concat()
+    }
+
+    /// How many tokens the model sampled itself.
+    pub fn own_len(&self) -> usize {
+        if self.own.is_empty() { self.tokens.len() } else { self.own.iter().filter(|own| **own).count() }
+    }
+
+    /// How often the model spoke.
+    pub fn turns(&self) -> usize {
+        self.conversation.iter().filter(|m| m.role == "assistant").count().max(1)
+    }
+
+    /// Of `values`, some for each of `lead` prompt positions and then for each token, those that are not about tokens of
+    /// others.
+    pub fn keep_own<T: Copy>(&self, values: Vec<T>, lead: usize) -> Vec<T> {
+        let rows = lead + self.own.len();
+        // A wrong length is left as it is: the objective names it.
+        if self.own.is_empty() || !values.len().is_multiple_of(rows) || values.is_empty() {
+            return values;
+        }
+        let width = values.len() / rows;
+        let kept = std::iter::repeat_n(&true, lead).chain(&self.own);
+        values.chunks(width).zip(kept).filter(|(_, own)| **own).flat_map(|(row, _)| row).copied().collect()
+    }
+
+    /// The opposite of [`Completion::keep_own`] without prompt positions: `fill` stands at the tokens of others.
+    pub fn spread<T: Copy>(&self, values: &[T], fill: T) -> Vec<T> {
+        let width = values.len() / self.own_len().max(1);
+        if self.own.is_empty() || width == 0 {
+            return values.to_vec();
+        }
+        let mut rows = values.chunks(width);
+        let mut spread = Vec::with_capacity(self.own.len() * width);
+        for own in &self.own {
+            match own.then(|| rows.next()).flatten() {
+                Some(row) => spread.extend_from_slice(row),
+                None => spread.extend(std::iter::repeat_n(fill, width)),
+            }
+        }
+        spread
     }
 }
 
@@ -103,6 +218,20 @@ pub struct Sampling {
     pub logprob_temperature: f32,
 }
 
+impl Sampling {
+    /// The engine's options.
+    pub(crate) fn options(&self) -> GenerateOptions {
+        GenerateOptions {
+            slots: self.slots,
+            stop_ids: self.stop_ids.clone(),
+            context_limit: self.context_tokens_max,
+            candidates: self.candidates,
+            logprobs: self.logprobs,
+            logprob_temperature: self.logprob_temperature,
+        }
+    }
+}
+
 /// Numbers of one generation phase.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RolloutStats {
@@ -110,7 +239,7 @@ pub struct RolloutStats {
     pub tokens: u64,
     /// Seconds spent generating.
     pub seconds: f64,
-    /// Prompts that failed.
+    /// Prompts, or conversations, that failed.
     pub failed: u64,
 }
 
@@ -123,7 +252,7 @@ pub struct Job {
 }
 
 /// Fetches prompts by dataset index; failed ones are logged, counted and left out.
-pub fn fetch(dataset: &mut Dataset, text: &Text, indices: &[(u64, u64)], failed: &mut u64) -> Result<Vec<Job>> {
+pub fn fetch(dataset: &mut Mixture, text: &Text, indices: &[(u64, u64)], failed: &mut u64) -> Result<Vec<Job>> {
     let wanted: Vec<u64> = indices.iter().map(|(_, index)| *index).collect();
     let items = dataset.get(&wanted, text)?;
     let mut jobs = Vec::with_capacity(items.len());
@@ -139,57 +268,60 @@ pub fn fetch(dataset: &mut Dataset, text: &Text, indices: &[(u64, u64)], failed:
     Ok(jobs)
 }
 
-/// Generates the completions of `jobs`, in the order of their ordinals. `stop` is asked between completions; a true
-/// answer abandons the whole phase (`None`).
+/// Generates the completions of `jobs`, in the order of their ordinals. `finished` sees each as soon as it is there.
+/// `stop` is asked between completions; a true answer abandons the whole phase (`None`).
 pub fn roll_out(
     model: &mut dyn Model,
     text: &Text,
     jobs: &[Job],
     sampling: &Sampling,
     version: u64,
+    finished: &mut dyn FnMut(&Completion) -> Result<()>,
     stop: &dyn Fn() -> bool,
 ) -> Result<Option<(Vec<Completion>, RolloutStats)>> {
     let started = Instant::now();
     let (requests, mut stats) = requests(jobs, sampling);
-    let options = GenerateOptions {
-        slots: sampling.slots,
-        stop_ids: sampling.stop_ids.clone(),
-        context_limit: sampling.context_tokens_max,
-        candidates: sampling.candidates,
-        logprobs: sampling.logprobs,
-        logprob_temperature: sampling.logprob_temperature,
-    };
+    let options = sampling.options();
     let by_ordinal: HashMap<u64, &Job> = jobs.iter().map(|j| (j.ordinal, j)).collect();
     let mut completions = Vec::with_capacity(requests.len() * sampling.n);
     let mut abandoned = false;
+    let mut failed = None;
+    let mut take = |generated: cosmos_engine::generate::Generated| -> Result<()> {
+        let Some(job) = by_ordinal.get(&generated.id) else { return Ok(()) };
+        let completion = Completion {
+            sample: generated.id * sampling.n as u64 + generated.index as u64,
+            version,
+            prompt: job.item.prompt.clone(),
+            prompt_ids: job.item.prompt_ids.clone(),
+            own: Vec::new(),
+            text: text.decode(&generated.tokens)?,
+            conversation: Vec::new(),
+            stopped: generated.finish == FinishReason::Stop,
+            logprobs: generated.logprobs,
+            candidate_ids: generated.candidate_ids,
+            tokens: generated.tokens,
+            reward: None,
+            reward_metrics: Vec::new(),
+            reward_failed: Vec::new(),
+            advantage: 0.0,
+        };
+        finished(&completion)?;
+        completions.push(completion);
+        Ok(())
+    };
     generate(model, &requests, &sampling.params, &options, &mut |generated| {
-        if let Some(job) = by_ordinal.get(&generated.id) {
-            completions.push(Completion {
-                sample: generated.id * sampling.n as u64 + generated.index as u64,
-                version,
-                prompt: job.item.prompt.clone(),
-                prompt_ids: job.item.prompt_ids.clone(),
-                text: String::new(),
-                stopped: generated.finish == FinishReason::Stop,
-                logprobs: generated.logprobs,
-                candidate_ids: generated.candidate_ids,
-                tokens: generated.tokens,
-                reward: None,
-                reward_metrics: Vec::new(),
-                advantage: 0.0,
-            });
-        }
+        failed = take(generated).err();
         abandoned = stop();
-        if abandoned { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if abandoned || failed.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })
     .role("student")?;
+    if let Some(error) = failed {
+        return Err(error);
+    }
     if abandoned {
         return Ok(None);
     }
     completions.sort_by_key(|c| c.sample);
-    for completion in &mut completions {
-        completion.text = text.decode(&completion.tokens)?;
-    }
     stats.tokens = completions.iter().map(|c| c.tokens.len() as u64).sum();
     stats.seconds = started.elapsed().as_secs_f64();
     Ok(Some((completions, stats)))
@@ -215,6 +347,7 @@ fn requests(jobs: &[Job], sampling: &Sampling) -> (Vec<GenerateRequest>, Rollout
             prompt: job.item.prompt_ids.clone(),
             n: sampling.n,
             max_new_tokens: sampling.response_tokens_max,
+            ..GenerateRequest::default()
         });
     }
     (requests, stats)
@@ -236,45 +369,9 @@ pub fn recompute_candidates(
     let options = ScoreOptions { top_k: k, mini_batch, ..ScoreOptions::default() };
     let scored = score(model, &requests, &options).role("student")?;
     for (completion, scored) in completions.iter_mut().zip(scored) {
-        completion.candidate_ids = scored.top_ids;
+        completion.candidate_ids = completion.keep_own(scored.top_ids, 0);
     }
     Ok(())
-}
-
-/// Rewards of completions; a failed one counts as 0 and is logged.
-pub fn score_completions(
-    scorer: &mut Scorer,
-    completions: &[Completion],
-    items: &HashMap<u64, Arc<Item>>,
-    n: u64,
-) -> Result<(Vec<Option<Scored>>, u64)> {
-    let samples: Vec<RewardSample> = completions
-        .iter()
-        .map(|c| {
-            let item = items.get(&(c.sample / n));
-            RewardSample {
-                prompt: c.prompt.clone(),
-                completion: c.text.clone(),
-                reference: item.and_then(|i| i.reference.clone()),
-                metadata: item.map(|i| i.metadata.clone()).unwrap_or_default(),
-            }
-        })
-        .collect();
-    let mut failed = 0;
-    let scores = scorer.score(&samples)?;
-    let scores = scores
-        .into_iter()
-        .zip(completions)
-        .map(|(score, completion)| match score {
-            Ok(score) => Some(score),
-            Err(reason) => {
-                failed += 1;
-                tracing::warn!("reward of sample {} left out: {reason}", completion.sample);
-                None
-            }
-        })
-        .collect();
-    Ok((scores, failed))
 }
 
 /// Group advantage of rewards: `(r − mean) / (std + 1e-6)` within the completions of one prompt, population std;
@@ -290,6 +387,23 @@ pub fn group_advantages(rewards: &[f64], group: usize, unbiased: bool) -> Vec<f3
             r.iter().map(move |v| ((v - mean) * scale) as f32)
         })
         .collect()
+}
+
+/// Completions in their order, those of each prompt together.
+pub fn groups(completions: &[Completion], n: u64) -> impl Iterator<Item = &[Completion]> {
+    completions.chunk_by(move |a, b| a.sample / n.max(1) == b.sample / n.max(1))
+}
+
+/// [`group_advantages`] of completions in their order; a prompt whose completions did not all come is a smaller group.
+pub fn advantages(completions: &[Completion], rewards: &[f64], n: u64, unbiased: bool) -> Vec<f32> {
+    let mut rest = rewards;
+    let mut advantages = Vec::with_capacity(rewards.len());
+    for group in groups(completions, n) {
+        let (own, others) = rest.split_at(group.len().min(rest.len()));
+        advantages.extend(group_advantages(own, own.len(), unbiased));
+        rest = others;
+    }
+    advantages
 }
 
 /// The training rollout's sampling settings.
@@ -341,6 +455,41 @@ pub fn validation_sampling(config: &Config, stop_ids: Vec<u32>, seed: u64) -> Sa
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rewards_in_flight_keep_their_bits() {
+        let value = 0.1 + 0.2;
+        let completion = Completion {
+            sample: 3,
+            version: 1,
+            prompt: "p".into(),
+            prompt_ids: vec![1],
+            tokens: vec![2],
+            own: vec![true],
+            text: "t".into(),
+            conversation: Vec::new(),
+            stopped: true,
+            logprobs: Vec::new(),
+            candidate_ids: Vec::new(),
+            reward: Some(value),
+            reward_metrics: vec![("a/b".into(), value / 3.0)],
+            reward_failed: vec!["c".into()],
+            advantage: 0.5,
+        };
+        let text = serde_json::to_string(&completion).unwrap();
+        let read: Completion = serde_json::from_str(&text).unwrap();
+        assert_eq!(read.reward.unwrap().to_bits(), value.to_bits());
+        assert_eq!(read.reward_metrics[0].1.to_bits(), (value / 3.0).to_bits());
+        assert_eq!(read.reward_failed, ["c"]);
+        let bits = format!("\"{:016x}\"", value.to_bits());
+        let mut old: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert!(text.contains(&bits), "{text}");
+        old["reward"] = serde_json::json!(0.5);
+        old["reward_metrics"] = serde_json::json!([["x", 1.0]]);
+        old.as_object_mut().unwrap().remove("reward_failed");
+        let read: Completion = serde_json::from_value(old).unwrap();
+        assert_eq!((read.reward, read.reward_metrics), (Some(0.5), vec![("x".to_string(), 1.0)]));
+    }
 
     #[test]
     fn advantages_are_normalised_within_a_group() {

@@ -49,7 +49,8 @@ impl Chat {
         piece: &mut dyn FnMut(&str),
     ) -> Result<String> {
         let ids = self.text.tokenizer.encode(prompt, false)?;
-        let request = GenerateRequest { id: 0, prompt: ids, n: 1, max_new_tokens: tokens_max };
+        let request =
+            GenerateRequest { id: 0, prompt: ids, n: 1, max_new_tokens: tokens_max, ..GenerateRequest::default() };
         let options = GenerateOptions {
             slots: 1,
             stop_ids: self.stop_ids.clone(),

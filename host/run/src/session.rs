@@ -19,12 +19,13 @@ use crate::policy::StepOutcome;
 use crate::prepare::{Kind, Prepared};
 use crate::records::{History, Records, ValidationPoint};
 use crate::resume::Resumed;
+use crate::rewards::{Tally, judge, reward_metrics, wait};
 use crate::rollout::{self, Completion};
 use crate::signals::StopFlag;
 use crate::student::{Student, weights_of, write_weights};
 use crate::task::Item;
 use crate::validation::{Validated, sample_record};
-use crate::{Outcome, sft, teacher};
+use crate::{Outcome, conversation, sft, teacher};
 
 /// What `state.json` of a checkpoint holds.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -37,6 +38,9 @@ pub struct RunState {
     pub history: History,
     /// Optimizer updates so far.
     pub optimizer_steps: u64,
+    /// Numbers of the rewards since the last step.
+    #[serde(default)]
+    pub tally: Tally,
 }
 
 /// A running session.
@@ -48,8 +52,8 @@ pub struct Session {
     waiting: HashMap<u64, Completion>,
     /// Prompts of recent ordinals, for rewards and records.
     items: HashMap<u64, Arc<Item>>,
-    /// Orders of the epochs in use.
-    orders: HashMap<u64, Vec<u64>>,
+    /// Numbers of the rewards since the last step.
+    tally: Tally,
     broker: MemoryBroker,
     records: Records,
     writer: Writer,
@@ -66,18 +70,18 @@ impl Session {
         let total = prepared.policy.total_steps();
         let mut student = Student::load(config, &prepared.student_folder, total)?;
         let progress_kind = ProgressKind::detect();
-        let (folder, controller, waiting, history, step) = match resumed {
+        let (folder, controller, waiting, history, tally, step) = match resumed {
             Some(resumed) => {
                 let Resumed { run_folder, checkpoint, snapshot, state } = resumed;
                 student.restore(&checkpoint, snapshot, state.optimizer_steps)?;
                 let waiting = state.completions.into_iter().map(|c| (c.sample, c)).collect();
                 let controller = state.controller.with_policy(prepared.policy);
                 let step = controller.step();
-                (RunFolder::open_existing(&run_folder)?, controller, waiting, state.history, Some(step))
+                (RunFolder::open_existing(&run_folder)?, controller, waiting, state.history, state.tally, Some(step))
             }
             None => {
                 let folder = RunFolder::create(Path::new(&config.train.output_dir))?;
-                (folder, Controller::new(prepared.policy), HashMap::new(), History::default(), None)
+                (folder, Controller::new(prepared.policy), HashMap::new(), History::default(), Tally::default(), None)
             }
         };
         write_description(&folder, &prepared)?;
@@ -103,7 +107,7 @@ impl Session {
             controller,
             waiting,
             items: HashMap::new(),
-            orders: HashMap::new(),
+            tally,
             broker,
             records,
             writer,
@@ -141,20 +145,25 @@ impl Session {
     }
 
     fn generate(&mut self, first: u64, count: u64, version: u64) -> Result<Option<Event>> {
-        let indices: Vec<(u64, u64)> = (first..first + count).map(|o| (o, self.dataset_index(o))).collect();
+        let schedule = &mut self.prepared.schedule;
+        let indices: Vec<(u64, u64)> = (first..first + count).map(|o| (o, schedule.index(o))).collect();
         let stop = self.stop.clone();
         let mut failed = 0;
         let jobs = rollout::fetch(&mut self.prepared.dataset, &self.prepared.text, &indices, &mut failed)?;
         self.items.extend(jobs.iter().map(|j| (j.ordinal, Arc::clone(&j.item))));
-        let Kind::Policy { sampling, reward, teacher, .. } = &mut self.prepared.kind else {
+        let Kind::Policy { sampling, rewards, teacher, .. } = &mut self.prepared.kind else {
             let samples = jobs.iter().map(|j| Pending { sample: j.ordinal, version }).collect();
             return Ok(Some(Event::Generated { samples }));
         };
         self.records.progress.phase("rollout");
         let model = self.student.model.as_mut();
-        let Some((mut completions, stats)) =
-            rollout::roll_out(model, &self.prepared.text, &jobs, sampling, version, &|| stop.is_set())?
-        else {
+        let mut scoring = rewards.as_ref().map(|set| set.scoring(&self.items, sampling.n));
+        let mut finished = |c: &Completion| scoring.as_mut().map_or(Ok(()), |scoring| scoring.finished(c));
+        let (text, conversations) = (&self.prepared.text, self.prepared.conversations.as_mut());
+        let asked = || stop.is_set();
+        let generated =
+            conversation::roll_out(conversations, model, text, &jobs, sampling, version, &mut finished, &asked)?;
+        let Some((mut completions, stats)) = generated else {
             return Ok(None);
         };
         let config = &self.prepared.resolved.config;
@@ -168,18 +177,8 @@ impl Session {
                 config.distillation.mini_batch,
             )?;
         }
-        if let (Some(scorer), Some(grpo)) = (reward, config.train.train_policy.grpo()) {
-            let n = sampling.n;
-            let (scores, _) = rollout::score_completions(scorer, &completions, &self.items, n as u64)?;
-            let values: Vec<f64> = scores.iter().map(|s| s.as_ref().map_or(0.0, |s| s.value)).collect();
-            let advantages = rollout::group_advantages(&values, n, grpo.unbiased_advantage);
-            for ((completion, score), (value, advantage)) in
-                completions.iter_mut().zip(scores).zip(values.iter().zip(advantages))
-            {
-                completion.reward = Some(*value);
-                completion.reward_metrics = score.map(|s| s.metrics).unwrap_or_default();
-                completion.advantage = advantage;
-            }
+        if let (Some(judged), Some(grpo)) = (wait(scoring, &completions)?, config.train.train_policy.grpo()) {
+            judge(&mut completions, judged, sampling.n, grpo, &mut self.tally);
         }
         self.records.history.rollout.add(stats.tokens, stats.seconds);
         self.generation_seconds += stats.seconds;
@@ -187,15 +186,6 @@ impl Session {
         let samples = completions.iter().map(|c| Pending { sample: c.sample, version }).collect();
         self.waiting.extend(completions.into_iter().map(|c| (c.sample, c)));
         Ok(Some(Event::Generated { samples }))
-    }
-
-    /// Dataset index of a prompt ordinal: the epoch's permutation, epochs counted from 1 as in the original.
-    fn dataset_index(&mut self, ordinal: u64) -> u64 {
-        let len = self.prepared.policy.dataset_len;
-        let epoch = ordinal / len + 1;
-        let order = &self.prepared.order;
-        self.orders.retain(|e, _| *e + 1 >= epoch);
-        self.orders.entry(epoch).or_insert_with(|| order.indices(len, epoch))[(ordinal % len) as usize]
     }
 
     fn train(&mut self, step: u64, samples: &[u64], outdated: &[u64]) -> Result<Option<Event>> {
@@ -211,7 +201,9 @@ impl Session {
         if generation_seconds > 0.0 {
             metrics.insert("rollout/tokens_per_second".into(), generated as f64 / generation_seconds);
         }
-        let seconds = started.elapsed().as_secs_f64() + generation_seconds;
+        let tally = std::mem::take(&mut self.tally);
+        tally.metrics(&mut metrics);
+        let seconds = started.elapsed().as_secs_f64() + generation_seconds + tally.wait_seconds;
         metrics.insert("train/iteration_time".into(), seconds);
         metrics.insert("train/total_steps".into(), self.prepared.policy.total_steps() as f64);
         metrics
@@ -256,7 +248,7 @@ impl Session {
     }
 
     fn train_policy(&mut self, step: u64, samples: &[u64]) -> Result<Option<(StepOutcome, BTreeMap<String, f64>)>> {
-        let Kind::Policy { role, teacher, reference, sampling, .. } = &mut self.prepared.kind else {
+        let Kind::Policy { role, teacher, reference, sampling, rewards, .. } = &mut self.prepared.kind else {
             return Ok(None);
         };
         let config = &self.prepared.resolved.config;
@@ -294,13 +286,16 @@ impl Session {
         metrics.insert("train/tokens_per_second".into(), outcome.tokens as f64 / seconds.max(1e-9));
         metrics.extend(outcome.metrics(config));
         completion_metrics(&completions, &mut metrics);
+        let plugins = rewards.as_ref().map(|set| set.plugins()).unwrap_or_default();
+        let verdicts = completions.iter().map(|c| (c.reward_metrics.as_slice(), c.reward_failed.as_slice()));
+        reward_metrics("", &plugins, verdicts, &mut metrics);
         let staleness = mean_std_max_min(completions.iter().map(|c| (step - 1 - c.version) as f64));
         metrics.insert("rollout/weight_staleness_max".into(), staleness.max);
         let n = sampling.n as u64;
         for completion in completions.iter().take(config.host.samples_logged) {
             let mut record = sample_record(completion, "train", step, n, completion.reward, &self.items);
             if let Some(kl) = outcome.kl_of.get(&completion.sample) {
-                record = record.with_kl(kl);
+                record = record.with_kl(&completion.spread(kl, f32::NAN));
             }
             self.records.sample(&record)?;
         }
@@ -407,7 +402,10 @@ impl Session {
         let asked = || stop.is_set();
         let config = &self.prepared.resolved.config;
         let (text, samples_max) = (&self.prepared.text, config.host.samples_logged);
-        let Some(found) = validation.accuracy(self.student.model.as_mut(), text, step, samples_max, &asked)? else {
+        let conversations = &mut self.prepared.conversations;
+        let student = self.student.model.as_mut();
+        let found = validation.accuracy(student, conversations.as_mut(), text, step, samples_max, &asked)?;
+        let Some(found) = found else {
             return Ok(None);
         };
         let Validated { reward, mut metrics, samples, throughput } = found;
@@ -415,13 +413,15 @@ impl Session {
         let mut kl = None;
         if let Kind::Policy { teacher: Some(teacher), .. } = &mut self.prepared.kind {
             if config.host.validate_teacher && self.records.history.teacher.is_none() {
-                let Some(found) = validation.accuracy(teacher.model.as_mut(), text, step, 0, &asked)? else {
+                let model = teacher.model.as_mut();
+                let found = validation.accuracy(model, conversations.as_mut(), text, step, 0, &asked)?;
+                let Some(found) = found else {
                     return Ok(None);
                 };
                 self.records.history.teacher = found.reward;
             }
-            let Some((mean, _)) = validation.kl(self.student.model.as_mut(), teacher.model.as_mut(), text, &asked)?
-            else {
+            let (student, teacher) = (self.student.model.as_mut(), teacher.model.as_mut());
+            let Some((mean, _)) = validation.kl(student, teacher, conversations.as_mut(), text, &asked)? else {
                 return Ok(None);
             };
             metrics.insert("val/teacher_kl".into(), mean);
@@ -451,7 +451,8 @@ impl Session {
         let mut completions: Vec<Completion> = self.waiting.values().cloned().collect();
         completions.sort_by_key(|c| c.sample);
         let step = controller.step();
-        let state = RunState { controller, completions, history, optimizer_steps: self.student.optimizer_steps() };
+        let optimizer_steps = self.student.optimizer_steps();
+        let state = RunState { controller, completions, history, optimizer_steps, tally: self.tally };
         Ok(Snapshot {
             step,
             model: self.student.weights(),
@@ -494,10 +495,7 @@ impl Session {
 
     fn finish(mut self) -> Result<Outcome> {
         if self.controller.gave_up() {
-            return Err(RunError::Diverged {
-                message: format!("the last {} generations brought no completion", crate::controller::EMPTY_ROUNDS_MAX),
-                hint: "the warnings above name the prompts and why they were left out".into(),
-            });
+            return Err(self.nothing_to_train_on());
         }
         let exported = self.export(self.controller.step())?;
         let checkpoint = self.writer.wait()?.or(Some(exported));
@@ -532,6 +530,25 @@ impl Session {
         summary.write(&self.records.folder)?;
         println!("{}", summary.render(None).trim_end());
         Ok(Outcome::Done { summary: Box::new(summary) })
+    }
+
+    /// Why generation never filled a batch.
+    fn nothing_to_train_on(&self) -> RunError {
+        let rounds = self.controller.empty_rounds();
+        if self.tally.dropped > 0 {
+            let (dropped, judged) = (self.tally.dropped, self.tally.judged);
+            return RunError::Diverged {
+                message: format!(
+                    "the filter left nothing to train on: {dropped} of the last {judged} completions were dropped, and the last {rounds} generations brought none, because all completions of a prompt had the same value"
+                ),
+                hint: "raise `rollout.n_generation`, take easier or harder prompts, or remove `train.train_policy.filter_reward_metric` (with `variant = \"dapo\"` the reward itself is the filter)".into(),
+            };
+        }
+        let message = match rounds {
+            0 => "the prompts ran out before there were completions for a single step".into(),
+            rounds => format!("the last {rounds} generations brought no completion"),
+        };
+        RunError::Diverged { message, hint: "the warnings above name the prompts and why they were left out".into() }
     }
 
     fn draw_curve(&self) -> Result<bool> {
@@ -575,7 +592,18 @@ fn write_description(folder: &RunFolder, prepared: &Prepared) -> Result<()> {
     let plugins: Vec<_> = prepared
         .plugins
         .iter()
-        .map(|p| serde_json::json!({"name": p.info().name, "version": p.info().version, "sha256": p.info().sha256}))
+        .map(|loaded| {
+            let info = loaded.plugin.info();
+            let uses: Vec<_> = prepared.uses.iter().filter(|u| u.plugin == info.name).collect();
+            serde_json::json!({
+                "name": info.name,
+                "version": info.version,
+                "sha256": info.sha256,
+                "file": loaded.path.display().to_string(),
+                "grants": loaded.grants,
+                "uses": uses,
+            })
+        })
         .collect();
     let plugins = serde_json::json!({"host_version": env!("CARGO_PKG_VERSION"), "plugins": plugins});
     let pretty = |value: &serde_json::Value| format!("{value:#}\n");
@@ -596,19 +624,15 @@ fn completion_metrics(completions: &[Completion], metrics: &mut BTreeMap<String,
             metrics.extend(mean_std_max_min(values).named(name));
         }
     };
-    put("rollout/completion_length", completions.iter().map(|c| c.tokens.len() as f64).collect());
+    put("rollout/completion_length", completions.iter().map(|c| c.own_len() as f64).collect());
+    let talks: Vec<&Completion> = completions.iter().filter(|c| !c.own.is_empty()).collect();
+    put("rollout/turns", talks.iter().map(|c| c.turns() as f64).collect());
+    put("rollout/heard_length", talks.iter().map(|c| (c.tokens.len() - c.own_len()) as f64).collect());
     put("train/reward", completions.iter().filter_map(|c| c.reward).collect());
     put(
         "rollout/advantage",
         completions.iter().filter(|c| c.reward.is_some()).map(|c| f64::from(c.advantage)).collect(),
     );
-    let mut named: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    for (name, value) in completions.iter().flat_map(|c| &c.reward_metrics) {
-        named.entry(name).or_default().push(*value);
-    }
-    for (name, values) in named {
-        metrics.insert(format!("reward/{name}"), values.iter().sum::<f64>() / values.len() as f64);
-    }
     let stopped = completions.iter().filter(|c| c.stopped).count();
     metrics.insert("rollout/stopped_ratio".into(), stopped as f64 / completions.len().max(1) as f64);
 }

@@ -1,14 +1,13 @@
-//! What a run works on: the tokenizer, the prompts and the rewards.
+//! What a run works on: the tokenizer and the prompts.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use cosmos_config::Config;
 use cosmos_data::chat::{ChatTemplate, Message};
 use cosmos_data::dataset::{DatasetSpec, HubOptions, Table};
 use cosmos_data::tokenizer::Tokenizer;
-use cosmos_plugin::{Grant, Limits, Plugin, PluginHost, Prompt, RewardSample};
-use serde_json::{Value, json};
+use cosmos_plugin::{ChatMessage, Prompt};
+use serde_json::Value;
 
 use crate::error::{Result, RunError};
 
@@ -50,6 +49,11 @@ impl Text {
         }
     }
 
+    /// The same tokenizer with the chat template of `path` in place of the model's.
+    pub fn with_template(self, path: &Path, folder: &Path) -> Result<Self> {
+        Ok(Self { chat: Some(Arc::new(ChatTemplate::load_file(path, folder)?)), ..self })
+    }
+
     /// Renders messages with the model's chat template.
     pub fn render_messages(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let Some(chat) = &self.chat else {
@@ -66,6 +70,10 @@ impl Text {
 /// One prompt, ready for the model.
 #[derive(Debug, Clone)]
 pub struct Item {
+    /// Index of its dataset among those of the run.
+    pub source: usize,
+    /// What a conversation starts from: the example's messages, or its text as one of the user.
+    pub messages: Vec<ChatMessage>,
     /// Rendered prompt.
     pub prompt: String,
     /// Its token ids.
@@ -155,7 +163,13 @@ fn plugin_item(
     if prompt_ids.is_empty() {
         return Ok(Err("the prompt is empty".into()));
     }
+    let messages = match example.prompt {
+        Prompt::Messages(messages) => messages,
+        Prompt::Text(text) => vec![of_user(text)],
+    };
     Ok(Ok(Item {
+        messages,
+        source: 0,
         prompt,
         prompt_ids,
         reference: example.reference,
@@ -163,6 +177,10 @@ fn plugin_item(
         metadata: example.metadata,
         conversation: None,
     }))
+}
+
+fn of_user(content: String) -> ChatMessage {
+    ChatMessage { role: "user".into(), content }
 }
 
 fn column_item(row: &serde_json::Map<String, Value>, prompt: &str, response: &str, text: &Text) -> Result<ItemResult> {
@@ -173,7 +191,7 @@ fn column_item(row: &serde_json::Map<String, Value>, prompt: &str, response: &st
     // The original renders a plain string of the built-in dataset as one user turn when the model has a template.
     let prompt = match &text.chat {
         Some(_) => text.render_messages(&[Message::new("user", &content)], true)?,
-        None => content,
+        None => content.clone(),
     };
     let prompt_ids = text.tokenizer.encode(&prompt, false)?;
     if prompt_ids.is_empty() {
@@ -184,6 +202,8 @@ fn column_item(row: &serde_json::Map<String, Value>, prompt: &str, response: &st
         other => other.to_string(),
     });
     Ok(Ok(Item {
+        messages: vec![of_user(content)],
+        source: 0,
         prompt,
         prompt_ids,
         reference: answer.as_ref().map(|a| Value::String(a.clone()).to_string()),
@@ -235,6 +255,8 @@ fn conversation_item(value: &Value, system_prompt: &str, text: &Text) -> Result<
         return Ok(Err("the conversation has no assistant turn".into()));
     }
     Ok(Ok(Item {
+        messages: Vec::new(),
+        source: 0,
         prompt: String::new(),
         prompt_ids: Vec::new(),
         reference: None,
@@ -242,127 +264,6 @@ fn conversation_item(value: &Value, system_prompt: &str, text: &Text) -> Result<
         metadata: Vec::new(),
         conversation: Some((ids, mask)),
     }))
-}
-
-/// What a dataset or reward is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OfferRole {
-    /// Training.
-    Train,
-    /// Validation.
-    Validation,
-}
-
-impl OfferRole {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Train => "train",
-            Self::Validation => "validation",
-        }
-    }
-}
-
-/// Scores completions.
-pub struct Scorer {
-    reward: cosmos_plugin::Reward,
-    plugin: String,
-}
-
-/// A completion's reward.
-#[derive(Debug, Clone, Default)]
-pub struct Scored {
-    /// The number.
-    pub value: f64,
-    /// Further named numbers.
-    pub metrics: Vec<(String, f64)>,
-}
-
-impl Scorer {
-    /// Scores each sample; a failed one is `Err` with its reason.
-    pub fn score(&mut self, samples: &[RewardSample]) -> Result<Vec<std::result::Result<Scored, String>>> {
-        let scores = self.reward.score(samples)?;
-        Ok(scores
-            .into_iter()
-            .map(|s| s.map(|s| Scored { value: s.value, metrics: s.metrics }).map_err(|f| f.to_string()))
-            .collect())
-    }
-
-    /// Name of the plugin.
-    pub fn plugin(&self) -> &str {
-        &self.plugin
-    }
-}
-
-/// The plugins of a run.
-pub struct Plugins {
-    loaded: Vec<Plugin>,
-    custom: Value,
-}
-
-impl Plugins {
-    /// Loads `paths` under the grants and limits of the config's `[plugin.<name>]` tables.
-    pub fn load(paths: &[PathBuf], config: &Config, text: Option<&Text>) -> Result<Self> {
-        let host = PluginHost::new(PluginHost::default_cache_dir())?;
-        let capabilities = crate::capabilities::capabilities(text.and_then(|t| t.chat.clone()));
-        let mut loaded: Vec<Plugin> = Vec::new();
-        for path in paths {
-            let name = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-            let (grants, limits) = grants_and_limits(config, &name)?;
-            loaded.push(host.load(path, &grants, limits, capabilities.clone())?);
-        }
-        let custom = serde_json::to_value(&config.custom).unwrap_or(Value::Null);
-        Ok(Self { loaded, custom })
-    }
-
-    /// The plugins.
-    pub fn iter(&self) -> impl Iterator<Item = &Plugin> {
-        self.loaded.iter()
-    }
-
-    fn settings(&self, dataset: &Value) -> String {
-        json!({"dataset": dataset, "custom": self.custom}).to_string()
-    }
-
-    /// The first dataset offered for `role`, or the one called `name`.
-    pub fn dataset(&self, role: OfferRole, name: Option<&str>, table: &Value) -> Result<Option<Dataset>> {
-        for plugin in &self.loaded {
-            let offer = plugin.info().datasets.iter().find(|o| name.map_or(o.role == role.name(), |n| o.name == n));
-            if let Some(offer) = offer {
-                return Ok(Some(Dataset::Plugin(plugin.dataset(&offer.name, &self.settings(table))?)));
-            }
-        }
-        Ok(None)
-    }
-
-    /// The first reward offered for `role`, or the one called `name`.
-    pub fn reward(&self, role: OfferRole, name: Option<&str>, table: &Value) -> Result<Option<Scorer>> {
-        for plugin in &self.loaded {
-            let offer = plugin.info().rewards.iter().find(|o| name.map_or(o.role == role.name(), |n| o.name == n));
-            if let Some(offer) = offer {
-                let reward = plugin.reward(&offer.name, &self.settings(table))?;
-                return Ok(Some(Scorer { reward, plugin: plugin.info().name.clone() }));
-            }
-        }
-        Ok(None)
-    }
-}
-
-fn grants_and_limits(config: &Config, name: &str) -> Result<(Vec<Grant>, Limits)> {
-    let mut limits = Limits::default();
-    let Some(table) = config.plugin.get(name) else {
-        return Ok((Vec::new(), limits));
-    };
-    let grants = table.allow.iter().map(|text| text.parse::<Grant>()).collect::<std::result::Result<Vec<_>, _>>()?;
-    if let Some(mb) = table.memory_mb_max {
-        limits.memory_bytes_max = mb << 20;
-    }
-    if let Some(ms) = table.call_ms_max {
-        limits.call_ms_max = ms;
-    }
-    if let Some(mb) = table.component_mb_max {
-        limits.component_bytes_max = mb << 20;
-    }
-    Ok((grants, limits))
 }
 
 /// The built-in dataset over a table's columns, for runs without a plugin dataset.

@@ -32,6 +32,21 @@ pub struct Answer {
     pub hidden_rh: Option<Vec<f32>>,
 }
 
+impl Answer {
+    /// Leaves out what it says about tokens that the model did not sample: they are context, never trained on. `lead`
+    /// prompt positions were scored too.
+    pub fn of_own(self, completion: &Completion, lead: usize) -> Self {
+        Self {
+            logprobs: completion.keep_own(self.logprobs, lead),
+            entropy: completion.keep_own(self.entropy, lead),
+            top1: completion.keep_own(self.top1, lead),
+            candidate_ids: completion.keep_own(self.candidate_ids, lead),
+            candidate_logprobs: completion.keep_own(self.candidate_logprobs, lead),
+            hidden_rh: self.hidden_rh.map(|hidden_rh| completion.keep_own(hidden_rh, lead)),
+        }
+    }
+}
+
 /// What is asked of the teacher in this run.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted {
@@ -73,7 +88,7 @@ impl Wanted {
         }
         let prompt_rows = if self.include_prompt { completion.prompt_ids.len() - 1 } else { 0 };
         let mut ids = vec![ABSENT; prompt_rows * k];
-        ids.extend(&completion.candidate_ids);
+        ids.extend(completion.spread(&completion.candidate_ids, ABSENT));
         Rows::of_width(k, ids)
     }
 

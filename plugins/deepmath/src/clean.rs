@@ -1,8 +1,17 @@
 //! An answer without units, spaces, separators and the other things that do not change its value. The rules and their
 //! order are those of the graders that AIME-style recipes use; some are odd, and kept so that scores compare.
 
-/// The cleaned answer.
+/// The cleaned answer, without the name that it is given to: `x=5` is 5.
 pub fn clean(answer: &str) -> String {
+    let text = clean_whole(answer);
+    match text.split_once('=') {
+        Some((left, right)) if left.chars().count() <= 3 || is_application(left) => right.to_owned(),
+        _ => text,
+    }
+}
+
+/// The cleaned answer, with the left side of an equation however short.
+pub fn clean_whole(answer: &str) -> String {
     let mut text = unwrap_text(answer).unwrap_or_else(|| answer.to_owned());
     for gone in [",\\!", "{,}", "\\$"] {
         text = text.replace(gone, "");
@@ -26,10 +35,7 @@ pub fn clean(answer: &str) -> String {
     if let Some(shorter) = text.strip_suffix('\\') {
         text = shorter.to_owned();
     }
-    match text.split_once('=') {
-        Some((left, right)) if left.chars().count() <= 3 || is_application(left) => right.to_owned(),
-        _ => text,
-    }
+    text
 }
 
 /// `\text{X}` and nothing else: X without parentheses and commas.
@@ -42,21 +48,25 @@ fn unwrap_text(answer: &str) -> Option<String> {
 /// Removes each `open…}` on one line, up to the first closing brace.
 fn remove_units(text: &str, open: &str) -> String {
     let mut kept = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(start) = rest.find(open) {
-        let inside = &rest[start + open.len()..];
-        match inside.find(['}', '\n']) {
-            Some(end) if inside.as_bytes()[end] == b'}' => {
-                kept.push_str(&rest[..start]);
-                rest = &inside[end + 1..];
-            }
-            _ => {
-                kept.push_str(&rest[..start + open.len()]);
-                rest = inside;
+    let (mut at, mut end) = (0, 0);
+    while let Some(found) = text[at..].find(open) {
+        let inside = at + found + open.len();
+        // One end serves all that open before it: looking anew for each would take time squared.
+        if end < inside {
+            match text[inside..].find(['}', '\n']) {
+                Some(len) => end = inside + len,
+                None => break,
             }
         }
+        if text.as_bytes()[end] == b'}' {
+            kept.push_str(&text[at..at + found]);
+            at = end + 1;
+        } else {
+            kept.push_str(&text[at..inside]);
+            at = inside;
+        }
     }
-    kept + rest
+    kept + &text[at..]
 }
 
 /// Replaces `open` + optional sign out of `signs` + digits + `close` by `make(signed digits)` wherever a character that
@@ -141,6 +151,9 @@ mod tests {
             ("45^{\\circ}", "45"),
             ("3\\,\\text{cm}^2", "3^2"),
             ("3\\text{ cm}", "3"),
+            ("3\\text{ cm and 4\\text{ km}5", "35"),
+            ("3\\text{ cm\n4\\text{ km} 5\\text{", "3\\text{cm45\\text{"),
+            ("\\text{}\\text{x}1\\text{", "1\\text{"),
             ("3 m ^{-2}", "3m"),
             ("4.5 \\times 10^{33}", "4.5e33"),
             ("4\\times10^-3", "4e-3"),

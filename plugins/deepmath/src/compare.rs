@@ -49,6 +49,14 @@ fn equal_within(answer: &str, reference: &str, depth: usize) -> bool {
     expressions(answer, reference)
 }
 
+/// Whether both are equations, and the same one up to moving terms and sign, whatever stands on the left.
+pub fn same_equation(answer: &str, reference: &str) -> bool {
+    answer.len().max(reference.len()) <= ANSWER_BYTES_MAX
+        && answer.contains('=')
+        && reference.contains('=')
+        && equations(answer, reference, 1) == Some(true)
+}
+
 /// A plain number, with a percent sign at its end if any.
 fn number(text: &str) -> Option<f64> {
     let text = text.replace(',', "");
@@ -167,10 +175,18 @@ fn equations(answer: &str, reference: &str, depth: usize) -> Option<bool> {
 
 fn expressions(answer: &str, reference: &str) -> bool {
     let parse = |text: &str| -> Option<Expr> { latex::parse(&text.replace("\\\\", "\\")) };
-    match (parse(answer), parse(reference)) {
+    let same = |answer: &str, reference: &str| match (parse(answer), parse(reference)) {
         (Some(a), Some(r)) => eval::equal(&a, &r),
         _ => false,
-    }
+    };
+    // A percent sign is read over; where one side only has it, that side may also be a hundredth.
+    let percent = |text: &str| text.strip_suffix('%').map(|t| format!("({})/100", t.strip_suffix('\\').unwrap_or(t)));
+    same(answer, reference)
+        || match (percent(answer), percent(reference)) {
+            (Some(answer), None) => same(&answer, reference),
+            (None, Some(reference)) => same(answer, &reference),
+            _ => false,
+        }
 }
 
 #[cfg(test)]

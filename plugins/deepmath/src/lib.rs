@@ -5,6 +5,7 @@
 //! code: [`latex`] reads a bounded subset of LaTeX and [`eval`] compares values at fixed points.
 
 pub mod clean;
+pub mod collection;
 pub mod compare;
 pub mod eval;
 pub mod extract;
@@ -12,8 +13,7 @@ pub mod latex;
 pub mod rows;
 
 use cosmos_plugin_sdk::{
-    Dataset, DatasetOffer, DatasetRole, Description, Plugin, Reward, RewardOffer, RewardRole, Sample, Score, Settings,
-    export_plugin, plain_score,
+    Dataset, DatasetRole, Description, Plugin, Reward, RewardRole, Sample, Score, Settings, export_plugin,
 };
 
 /// The plugin.
@@ -23,17 +23,18 @@ export_plugin!(DeepMath);
 
 impl Plugin for DeepMath {
     fn describe() -> Description {
-        let dataset = |name: &str, role| DatasetOffer { name: name.to_owned(), role };
-        let reward = |name: &str, role| RewardOffer { name: name.to_owned(), role };
-        Description {
-            name: "deepmath".to_owned(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            summary: "DeepMath training prompts, AIME-style validation, a grader for mathematical answers".to_owned(),
-            datasets: vec![dataset("train", DatasetRole::Train), dataset("validation", DatasetRole::Validation)],
-            rewards: vec![reward("zero", RewardRole::Train), reward("math", RewardRole::Validation)],
-            settings_schema: include_str!("../schema.json").to_owned(),
-            wants: vec!["table".to_owned(), "chat-template".to_owned()],
-        }
+        Description::new(
+            "deepmath",
+            env!("CARGO_PKG_VERSION"),
+            "DeepMath training prompts, AIME-style validation, a grader for mathematical answers",
+        )
+        .dataset("train", DatasetRole::Train)
+        .dataset("validation", DatasetRole::Validation)
+        .reward("zero", RewardRole::Train)
+        .reward("math", RewardRole::Validation)
+        .settings_schema(include_str!("../schema.json"))
+        .wants("table")
+        .wants("chat-template")
     }
 
     fn dataset(name: &str, settings: &Settings) -> Result<Box<dyn Dataset>, String> {
@@ -58,7 +59,7 @@ struct Zero;
 
 impl Reward for Zero {
     fn score(&self, _sample: &Sample) -> Result<Score, String> {
-        Ok(plain_score(0.0))
+        Ok(Score::new(0.0))
     }
 }
 
@@ -67,21 +68,19 @@ struct MathAnswer;
 
 impl Reward for MathAnswer {
     fn score(&self, sample: &Sample) -> Result<Score, String> {
-        let right = is_right(&sample.completion, &reference_answer(&sample.reference));
-        Ok(plain_score(if right { 1.0 } else { 0.0 }))
+        let right = is_right(&sample.completion, &sample.reference_text());
+        Ok(Score::new(if right { 1.0 } else { 0.0 }))
     }
-}
-
-/// The right answer: a JSON string, or else the text as it is.
-fn reference_answer(reference: &str) -> String {
-    serde_json::from_str::<String>(reference).unwrap_or_else(|_| reference.to_owned())
 }
 
 /// Whether `completion` ends in the answer `reference`.
 pub fn is_right(completion: &str, reference: &str) -> bool {
-    let Some(answer) = extract::answer(completion) else { return false };
-    let (answer, reference) = (clean::clean(answer), clean::clean(reference));
-    compare::equal(&answer, &reference) || compare::rounded(&answer) == compare::rounded(&reference)
+    let Some(raw) = extract::answer(completion) else { return false };
+    let (answer, right) = (clean::clean(raw), clean::clean(reference));
+    compare::equal(&answer, &right)
+        || compare::rounded(&answer) == compare::rounded(&right)
+        || collection::equal(raw, reference)
+        || compare::same_equation(&clean::clean_whole(raw), &clean::clean_whole(reference))
 }
 
 #[cfg(test)]
@@ -149,6 +148,23 @@ mod tests {
             "=".repeat(5_000),
             "\\begin{pmatrix}".repeat(1_000),
             "[1".repeat(3_000) + &"]".repeat(3_000),
+            "\\text{".repeat(170_000),
+            "\\text{".repeat(90_000) + "\n" + &"\\text{".repeat(90_000) + "}",
+            "^{-1".repeat(250_000),
+            "1\\times10^".repeat(100_000),
+            "10^{".repeat(250_000),
+            "{1,".repeat(1_300) + &"}".repeat(1_300),
+            "\\{(1,[2,".repeat(400),
+            "(1,2)\\cup".repeat(30) + "(3,4)",
+            "a=".repeat(2_000) + "1",
+            "1,".repeat(500_000),
+            "9".repeat(1_000_000),
+            "0.".to_owned() + &"3".repeat(1_000_000),
+            "x_{".repeat(1_300) + &"}".repeat(1_300),
+            "\\binom{999999}{5}".repeat(200),
+            "250!".repeat(900),
+            "\\sqrt[64]{9999999999}".repeat(150),
+            (0..700).map(|n| format!("x_{{{n}}}+")).collect::<String>() + "1",
         ];
         for text in &texts {
             assert!(!compare::equal(&clean::clean(text), "7"), "{:.20}", text);

@@ -1,5 +1,8 @@
 //! Snapshots of the whole command line: help, errors with their place and hint, exit codes.
 
+mod plugin_cases;
+mod plugin_projects;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -61,9 +64,12 @@ fn help_of_every_command() {
         "config explain",
         "plugin",
         "plugin inspect",
+        "plugin new",
         "plugin build",
+        "plugin toolchain",
         "plugin check",
         "plugin test",
+        "plugin bench",
         "sample",
         "score",
         "eval",
@@ -179,36 +185,6 @@ fn here_temporary() -> PathBuf {
     let folder = std::env::temp_dir().join("cosmos-host-cli-tests");
     std::fs::create_dir_all(&folder).unwrap();
     folder
-}
-
-#[test]
-fn plugin_test_says_which_case_differs() {
-    let plugin = cosmos_testkit::repo_root().join("plugins/dist/countdown.wasm").display().to_string();
-    let right = r#"{"id": "a", "completion": "<answer>1 + 2 = 3</answer>", "reference": {"nums": [1, 2], "target": 3}, "score": 1.0}"#;
-    let wrong = right.replace("\"a\"", "\"b\"").replace("1.0", "0.0");
-    let folder = tempfile::tempdir().unwrap();
-    let good = write(folder.path(), "good.jsonl", format!("{right}\n").as_bytes());
-    let both = write(folder.path(), "both.jsonl", format!("{right}\n\n{wrong}\n").as_bytes());
-    let run = |cases: &str| {
-        cosmos_host()
-            .args(["plugin", "test", &plugin, "--reward", "validation", "--cases", cases, "--format", "jsonl"])
-            .output()
-            .unwrap()
-    };
-    let output = run(&good);
-    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
-    let line: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(
-        (line["id"].as_str(), line["score"].as_f64(), line["expected"].as_f64()),
-        (Some("a"), Some(1.0), Some(1.0))
-    );
-    let output = run(&both);
-    assert_eq!(output.status.code(), Some(1));
-    assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 2);
-    let broken = write(folder.path(), "broken.jsonl", b"{\"id\": 1");
-    let output = run(&broken);
-    assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("broken.jsonl:1"));
 }
 
 #[test]

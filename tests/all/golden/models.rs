@@ -11,17 +11,18 @@ use cosmos_engine::optim::{Adam, AdamConfig};
 use cosmos_engine::weights::{ExportOptions, export};
 use safetensors::SafeTensors;
 
-/// The device under test.
-fn device() -> String {
-    std::env::var("COSMOS_TEST_DEVICE").unwrap_or_else(|_| "burn:flex".into())
+/// The devices under test: one by name, or every engine that each machine has.
+fn devices() -> Vec<String> {
+    let asked = std::env::var("COSMOS_TEST_DEVICE").ok();
+    asked.map_or_else(|| vec!["cpu".into(), "burn:flex".into()], |name| vec![name])
 }
 
-fn load(folder: &Path) -> Box<dyn Model> {
-    model::load(folder, &device()).unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
+fn load(folder: &Path, device: &str) -> Box<dyn Model> {
+    model::load(folder, device).unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
 }
 
-/// Runs `check` on every folder of `models/`.
-fn each_case(check: fn(&Path, &Expected)) {
+/// Runs `check` on every folder of `models/`, on every device.
+fn each_case(check: fn(&Path, &Expected, &str)) {
     let Some(root) = cosmos_testkit::golden("models") else { return };
     let mut folders: Vec<PathBuf> =
         std::fs::read_dir(&root).expect("the golden folder is readable").flatten().map(|e| e.path()).collect();
@@ -29,8 +30,10 @@ fn each_case(check: fn(&Path, &Expected)) {
     folders.sort();
     assert!(!folders.is_empty(), "no model in {}", root.display());
     for folder in folders {
-        println!("{}", folder.display());
-        check(&folder, &Expected::read(&folder));
+        for device in devices() {
+            println!("{} on {device}", folder.display());
+            check(&folder, &Expected::read(&folder), &device);
+        }
     }
 }
 
@@ -160,8 +163,8 @@ fn close(name: &str, found: &[f32], expected: &[f64], tolerance: f64) {
 
 #[test]
 fn golden_models_logits() {
-    each_case(|folder, expected| {
-        let mut model = load(folder);
+    each_case(|folder, expected, device| {
+        let mut model = load(folder, device);
         let (vocab, batch) = (model.config().vocab_size, expected.batch());
         let positions = all_positions(&batch);
         let hidden_rh = model.hidden_rh(&batch, &positions).expect("hidden states");
@@ -176,8 +179,8 @@ fn golden_models_logits() {
 
 #[test]
 fn golden_models_gradients_and_step() {
-    each_case(|folder, expected| {
-        let mut model = load(folder);
+    each_case(|folder, expected, device| {
+        let mut model = load(folder, device);
         let batch = expected.batch();
         let (positions, mut loss) = MeanNll::of(&batch, model.config().vocab_size);
         model.forward_backward(&batch, &positions, &mut loss).expect("a gradient");
@@ -199,7 +202,7 @@ fn golden_models_gradients_and_step() {
         after_step(&*model, expected, 1e-4);
 
         // With the expected gradient, the clipping and the step alone.
-        let mut model = load(folder);
+        let mut model = load(folder, device);
         let gradients: Vec<&[f64]> = names.iter().map(|name| expected.values(&format!("grad.{name}"))).collect();
         let fill = &mut |index: usize, _: &mut [f32], gradient: &mut [f32]| {
             for (to, from) in gradient.iter_mut().zip(gradients[index]) {
@@ -231,8 +234,8 @@ fn after_step(model: &dyn Model, expected: &Expected, least: f64) {
 
 #[test]
 fn golden_models_greedy() {
-    each_case(|folder, _| {
-        let mut model = load(folder);
+    each_case(|folder, _, device| {
+        let mut model = load(folder, device);
         let config = model.config().clone();
         let stops = GenerationConfig::from_folder(folder, &config).expect("a generation config").eos_token_ids;
         let file = cosmos_testkit::read_json(&folder.join("greedy.json"));
@@ -278,8 +281,8 @@ fn golden_models_greedy() {
 
 #[test]
 fn golden_models_export() {
-    each_case(|folder, expected| {
-        let mut model = load(folder);
+    each_case(|folder, expected, device| {
+        let mut model = load(folder, device);
         let dir = std::env::temp_dir().join(format!("cosmos-golden-export-{}", std::process::id()));
         for shard_bytes_max in [u64::MAX, 50_000] {
             export(
@@ -288,7 +291,7 @@ fn golden_models_export() {
                 &ExportOptions { shard_bytes_max, source: Some(folder.into()), ..ExportOptions::default() },
             )
             .expect("an export");
-            let mut back = load(&dir);
+            let mut back = load(&dir, device);
             assert_eq!(back.config(), model.config());
             for index in 0..model.params().len() {
                 assert_eq!(back.read_param(index), model.read_param(index), "{}", model.params()[index].name);

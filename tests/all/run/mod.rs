@@ -1,9 +1,13 @@
 //! Whole runs of the real binary: learning, records, resuming, killed processes, bad input, the original's presets.
 
 mod bad_input;
+mod calculator;
+mod conversations;
 mod faults;
+mod hostile;
 mod objectives;
 mod presets;
+mod several;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -24,7 +24,7 @@ fn tiny_qwen(folder: &Path, family: &str, hidden: usize, seed: u64) -> Option<()
         "initializer_range": 0.02, "eos_token_id": 151_645, "torch_dtype": "float32",
     });
     let config = ModelConfig::from_json(&config.to_string(), &folder.join("config.json")).unwrap();
-    let model = model::random(&config, "burn:flex", seed).unwrap();
+    let model = model::random(&config, "cpu", seed).unwrap();
     export(model.as_ref(), folder, &ExportOptions::default()).unwrap();
     fs::copy(tokenizer, folder.join("tokenizer.json")).unwrap();
     fs::copy(template, folder.join("chat_template.jinja")).unwrap();

@@ -3,6 +3,8 @@
 //! Golden vectors come from `$COSMOS_GOLDEN_DIR`, else `../shared/golden` beside the checkout, else the copy in
 //! `tests/golden`. A part that the chosen folder lacks is skipped by name.
 
+pub mod mutate;
+
 use std::path::{Path, PathBuf};
 
 /// The root of this repository.

@@ -26,7 +26,7 @@ pub struct Args {
     /// Where the run folder goes; same as `--set train.output_dir=DIR`
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     output_dir: Option<PathBuf>,
-    /// Where models compute, such as `burn:flex`; same as `--set host.device=DEVICE`
+    /// Where models compute, such as `cpu`; same as `--set host.device=DEVICE`
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
 }

@@ -6,7 +6,7 @@ use super::files::{entries, library, read};
 use super::{Finding, Status};
 
 pub fn devices() -> Finding {
-    let mut devices = vec!["burn:flex"];
+    let mut devices = vec!["cpu", "burn:flex"];
     if cfg!(feature = "burn-cuda") {
         devices.push("burn:cuda");
     }

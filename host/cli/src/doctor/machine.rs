@@ -32,11 +32,10 @@ pub fn cpu() -> Finding {
     let features = cpu_features();
     let fast = features.iter().any(|f| matches!(*f, "avx2" | "avx512f" | "neon"));
     let found = format!("{model}, {cores} cores for this process, {}", features.join(" "));
-    let finding =
-        Finding::new("cpu", "every run on `burn:flex`", if fast { Status::Ok } else { Status::Problem }, found)
-            .detail("model", model)
-            .detail("cores", cores)
-            .detail("features", features);
+    let finding = Finding::new("cpu", "every run on `cpu`", if fast { Status::Ok } else { Status::Problem }, found)
+        .detail("model", model)
+        .detail("cores", cores)
+        .detail("features", features);
     if fast { finding } else { finding.fix("use a machine with AVX2, AVX-512 or NEON; kernels run scalar here") }
 }
 

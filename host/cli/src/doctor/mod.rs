@@ -8,6 +8,7 @@ mod files;
 mod machine;
 mod tools;
 
+use cosmos_author::manifest::Language;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -81,14 +82,10 @@ pub fn examine() -> Report {
         accelerator::nvrtc(),
         accelerator::nccl(),
         tools::plugin_cache(),
-        tools::wasm_rust(),
-        tools::wasm_other("wasm_python", "componentize-py", "plugins written in Python", "pip install componentize-py"),
-        tools::wasm_other(
-            "wasm_javascript",
-            "jco",
-            "plugins written in JavaScript",
-            "npm install -g @bytecodealliance/jco",
-        ),
+        tools::wasm("wasm_rust", Language::Rust, "building plugins from Rust (the shipped ones come built)"),
+        tools::wasm("wasm_python", Language::Python, "building plugins from Python"),
+        tools::wasm("wasm_javascript", Language::Js, "building plugins from JavaScript"),
+        tools::wasm("wasm_c", Language::C, "building plugins from C"),
         tools::hub_cache(),
         tools::redis(),
         tools::slurm(),

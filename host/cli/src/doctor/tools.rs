@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use cosmos_author::manifest::Language;
+
 use super::files::{answer, entries, program};
 use super::{Finding, Status};
 
@@ -64,28 +66,17 @@ pub fn hub_cache() -> Finding {
         .detail("endpoint", endpoint)
 }
 
-pub fn wasm_rust() -> Finding {
-    let needed_for = "building plugins from Rust (the shipped ones come built)";
-    let fix = "rustup target add wasm32-unknown-unknown; without rustup, plugins/build.sh uses Debian's toolchain";
-    let Some(rustc) = program("rustc") else {
-        return Finding::new("wasm_rust", needed_for, Status::Missing, "rustc is not in PATH")
-            .fix("install Rust from https://rustup.rs");
-    };
-    let sysroot = answer(&rustc, &["--print", "sysroot"]).map(|s| PathBuf::from(s.trim()));
-    let targets: Vec<&str> = ["wasm32-unknown-unknown", "wasm32-wasip2"]
-        .into_iter()
-        .filter(|t| sysroot.as_ref().is_some_and(|s| s.join("lib/rustlib").join(t).join("lib").is_dir()))
-        .collect();
-    let finding = if targets.is_empty() {
-        Finding::new("wasm_rust", needed_for, Status::Missing, "rustc has no WebAssembly target").fix(fix)
-    } else {
-        Finding::new("wasm_rust", needed_for, Status::Ok, targets.join(", "))
-    };
-    finding.detail("rustc", rustc.display().to_string()).detail("targets", targets)
-}
-
-pub fn wasm_other(id: &'static str, name: &str, needed_for: &'static str, fix: &str) -> Finding {
-    optional_program(id, name, &["--version"], needed_for, fix)
+/// Whether plugins can be built from `language`; the search is `plugin build`'s own.
+pub fn wasm(id: &'static str, language: Language, needed_for: &'static str) -> Finding {
+    let needs = cosmos_author::toolchain::needs(language);
+    let missing: Vec<&str> = needs.iter().filter(|need| need.found.is_none()).map(|need| need.what).collect();
+    if !missing.is_empty() {
+        let fix = format!("cosmos-host plugin toolchain {} --install", language.name());
+        return Finding::new(id, needed_for, Status::Missing, format!("{} missing", missing.join(", "))).fix(fix);
+    }
+    // The last need is the one that makes components; the others are what it runs on.
+    let found = needs.last().and_then(|need| need.found.clone()).unwrap_or_default();
+    Finding::new(id, needed_for, Status::Ok, found)
 }
 
 pub fn redis() -> Finding {

@@ -37,11 +37,11 @@ table! {
         pub prompt_column_name: String = String::new(),
         /// Column that holds the reference answer, when no dataset plugin is given.
         pub response_column_name: String = String::new(),
-        /// Rewards by name, with weights: a name, a list of names (weight 1.0 each) or a table. Plugins add names. Used for validation too when validation names none.
+        /// Rewards of the plugins, as `plugin/reward`, or only one of the two names where that is unambiguous: a name, a list of names (weight 1.0 each) or a table of weights. The reward of a completion is the sum of weight times value; a weight of 0.0 only logs. The default counts as not given: the only training reward of the plugins is taken then, and with several the run is refused until one is named. The names of rewards built into the original (`direct_math`, `boxed_math`, `single_choice`, `gsm8k`, `format`, `overlong`) that no plugin offers stand for the only training reward of the plugins, with a warning. Used for validation too when neither `validation.reward_function` nor a plugin has a validation reward.
         #[serde(deserialize_with = "shapes::reward_weights")]
         #[schemars(with = "shapes::RewardShape")]
         pub reward_function: BTreeMap<String, f64> = BTreeMap::from([("single_choice".to_string(), 1.0)]),
-        /// Rewards by which groups without any difference are dropped: a name or a list.
+        /// Rewards of the plugins by which groups are filtered: a name or a list, whose values are added. A group whose completions all have the same value is dropped before training, and more prompts are sampled in its place (dynamic sampling). Empty: no filter, but with `variant = "dapo"` the training reward itself. Needs `rollout.n_generation` above 1; not used while rewards are bypassed.
         #[serde(deserialize_with = "shapes::one_or_many")]
         #[schemars(with = "shapes::OneOrMany<String>")]
         pub filter_reward_metric: Vec<String> = Vec::new(),
@@ -185,7 +185,7 @@ pub enum Variant {
     Grpo,
     /// Sequence-wise probability ratio.
     Gspo,
-    /// As grpo, with prompts still handed out while sampling is ahead of training.
+    /// As grpo, with prompts still handed out while sampling is ahead of training; groups whose completions all have the same reward are dropped (see `filter_reward_metric`).
     Dapo,
 }
 

@@ -67,7 +67,7 @@ table! {
         pub host: Host = Host::default(),
         /// Grants, limits and settings of each plugin, by the plugin's name. Not in the original.
         pub plugin: BTreeMap<String, Plugin> = BTreeMap::new(),
-        /// Free-form values for the user's own plugins; the host does not read them.
+        /// Free-form values for the user's own plugins, one table for each: `[custom.countdown]`. Every plugin gets them as JSON, checked against the schema that it declares; the host itself reads none of them.
         pub custom: serde_json::Map<String, serde_json::Value> = serde_json::Map::new(),
         /// Port of the Redis server between processes, as a string. A run in one process needs no server.
         pub redis: String = String::new(),

@@ -81,22 +81,22 @@ table! {
 }
 
 table! {
-    /// Several turns with tools.
+    /// Several turns with tools, held by a plugin's environment.
     pub struct MultiTurn {
-        /// Sample several turns. A run with it is refused: not supported yet.
+        /// Sample conversations: the environment that `host.environment` names, else the only one of the plugins, answers each of the student's messages until it ends the conversation. `rollout.max_response_length` bounds the tokens of all turns together, with what the student hears.
         pub enable: bool = false,
-        /// Let the model call tools.
+        /// Show the environment's tools to the student through the chat template's `tools`.
         pub enable_tools: bool = false,
-        /// Render the chat template with thinking.
+        /// What the chat template gets as `enable_thinking`.
         pub enable_thinking: bool = false,
         /// File of a chat template to use in place of the model's.
         pub custom_chat_template_path: Option<String> = None,
         /// Assistant turns at most.
         #[schemars(range(min = 1))]
         pub max_assistant_turns: usize = 5,
-        /// End the rendered prompt with the start of an assistant turn.
+        /// End what is rendered before each of the student's turns with the start of an assistant message.
         pub add_generation_prompt: bool = true,
-        /// Let the model continue the last message.
+        /// Let the model continue the last message. A run of conversations with it is refused: the student answers in messages of its own.
         pub continue_final_message: bool = false,
     }
 }
@@ -164,7 +164,7 @@ table! {
         /// Tokens of a completion at most; absent: the rollout's.
         #[schemars(range(min = 1))]
         pub max_response_length: Option<usize> = None,
-        /// Rewards by name, with weights: a name, a list of names (weight 1.0 each) or a table. Empty: the plugin's validation reward, else the training rewards.
+        /// Rewards of the plugins, written like `train.train_policy.reward_function`. Empty: the only validation reward of the plugins (with several, one must be named), else the training rewards.
         #[serde(deserialize_with = "shapes::reward_weights")]
         #[schemars(with = "shapes::RewardShape")]
         pub reward_function: BTreeMap<String, f64> = BTreeMap::new(),

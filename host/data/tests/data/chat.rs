@@ -169,3 +169,35 @@ fn the_clock_can_be_stopped() {
     assert_eq!(template.render(&[], false, &Map::new()).unwrap(), "14 Nov 2023 22:13");
     assert!(template.set_clock(i64::MAX).is_err());
 }
+
+#[test]
+fn what_follows_a_turn() {
+    let chatml = "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}";
+    let after = |source: &str, next: &[Message]| {
+        ChatTemplate::from_source("t.jinja", source, &[]).unwrap().after_turn(
+            &[Message::new("user", "zqMessageq zqMessageqq?")],
+            next,
+            true,
+            &Map::new(),
+        )
+    };
+    let found = after(chatml, &[Message::new("tool", "4"), Message::new("user", "and?")]).unwrap();
+    assert_eq!(found.closing, "<|end|>\n");
+    assert_eq!(found.whole, "<|end|>\n<|tool|>4<|end|>\n<|user|>and?<|end|>\n<|assistant|>");
+    let refused = [
+        ("{% for m in messages %}{{ m.content }}{{ m.content }};{% endfor %}", "more than once"),
+        ("{% for m in messages %}{{ m.content.upper() }};{% endfor %}", "as it is"),
+        (
+            "{% for m in messages %}{{ m.content }}{% if loop.last %}.{% else %},{% endif %}{% endfor %}",
+            "in another way",
+        ),
+        (
+            "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}{{ m.content }}{% endfor %}",
+            "no tools here",
+        ),
+    ];
+    for (source, why) in refused {
+        let error = after(source, &[Message::new("tool", "4")]).unwrap_err().to_string();
+        assert!(error.starts_with("chat template `t.jinja`") && error.contains(why), "{error}");
+    }
+}

@@ -17,7 +17,6 @@ pub(super) fn open(name: &str) -> Result<Found> {
     };
     match name {
         "burn:flex" => Ok(Found { device: Device::flex(), on_cpu: true }),
-        "cpu" => refuse("the native CPU engine is not there yet", "use `burn:flex`"),
         "cuda" => refuse(
             "the native CUDA engine is not there yet",
             "use `burn:cuda`, or `burn:flex` on a machine without a GPU",
@@ -29,7 +28,7 @@ pub(super) fn open(name: &str) -> Result<Found> {
         "burn:cuda" => open_cuda(name, 0),
         _ => match name.strip_prefix("burn:cuda:").and_then(|index| index.parse().ok()) {
             Some(index) => open_cuda(name, index),
-            None => refuse("no such device", "use `burn:flex` or `burn:cuda`"),
+            None => refuse("no such device", "use `cpu`, `burn:flex` or `burn:cuda`"),
         },
     }
 }

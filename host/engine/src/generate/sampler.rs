@@ -4,6 +4,7 @@
 //! a draw comes from ChaCha keyed with (seed, request, completion, position): no state is carried from draw to draw, so
 //! slots, batch sizes and the order of requests cannot change a completion.
 
+use cosmos_kernels::{Isa, vocabulary};
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
@@ -125,9 +126,7 @@ impl Sampler {
         let u = uniform(params.seed, draw);
         let limits_k = params.top_k > 0 && (params.top_k as u64) < logits_v.len() as u64;
         if !limits_k && params.top_p >= 1.0 {
-            return Some(
-                draw_from(logits_v.iter().copied().zip(0u32..), stats.max, stats.sum, u).unwrap_or(stats.argmax),
-            );
+            return Some(draw_from_row(logits_v, &stats, u).unwrap_or(stats.argmax));
         }
         let mut kept = if limits_k {
             with_ties(logits_v, params.top_k as usize)
@@ -182,6 +181,23 @@ fn cut_nucleus(kept: &mut Vec<(f32, u32)>, max: f32, wanted: f64) {
             return;
         }
     }
+}
+
+/// As [`draw_from`] over a whole row: blocks are summed at once, and only the one that holds the draw is walked.
+fn draw_from_row(logits_v: &[f32], stats: &RowStats, u: f64) -> Option<u32> {
+    const BLOCK: usize = 256;
+    let mut left = u * stats.sum;
+    for (index, block) in logits_v.chunks(BLOCK).enumerate() {
+        let whole = vocabulary::mass(Isa::best(), block, stats.max);
+        if whole > left {
+            let ids = (index * BLOCK) as u32..;
+            // Rounding may leave the draw just beyond the block's last token.
+            let last = block.iter().zip(ids.clone()).filter(|(z, _)| weight(**z, stats.max) > 0.0).last()?.1;
+            return Some(draw_from(block.iter().copied().zip(ids), stats.max, left, 1.0).unwrap_or(last));
+        }
+        left -= whole;
+    }
+    None
 }
 
 /// Inverse of the cumulative distribution; `None` when rounding leaves `u` beyond the end.

@@ -14,9 +14,11 @@ use crate::{EngineError, Result};
 
 /// Most prompt tokens computed in one go; bounds the memory of a prefill. A single longer prompt still goes alone.
 const PREFILL_TOKENS_MAX: usize = 8192;
+/// What a sequence's memory may hold beyond its tokens: caches grow in pages, and a shared page is copied by its writers.
+const SLACK_TOKENS: usize = 64;
 
 /// A prompt to complete.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GenerateRequest {
     /// Names the random stream: (seed, id, completion, position) decide each draw.
     pub id: u64,
@@ -26,6 +28,11 @@ pub struct GenerateRequest {
     pub n: usize,
     /// Most tokens of each completion, the stop id included.
     pub max_new_tokens: usize,
+    /// Number of the first completion in the random stream: a conversation's next turn goes on with its own stream.
+    pub first_index: usize,
+    /// Position of the first new token in the random stream; 0 unless `prompt` ends with an earlier part of the
+    /// completion.
+    pub first_position: usize,
 }
 
 /// How to run.
@@ -74,7 +81,7 @@ pub enum FinishReason {
 pub struct Generated {
     /// The request.
     pub id: u64,
-    /// Which of its completions.
+    /// Which of its completions, counted from the request's `first_index`.
     pub index: usize,
     /// The tokens, the stop id included.
     pub tokens: Vec<u32>,
@@ -247,6 +254,7 @@ impl<'a> Run<'a, '_> {
             if self.advance(&slots, &rows, &mut logits_rv, done)?.is_break() {
                 return Ok(());
             }
+            self.decoder.recycle(logits_rv);
         }
     }
 
@@ -286,7 +294,14 @@ impl<'a> Run<'a, '_> {
             if tokens > PREFILL_TOKENS_MAX && !entries.is_empty() {
                 break;
             }
-            let count = left.min(free.len());
+            let each = self.tokens_of(request);
+            let fitting = self.decoder.tokens_max().saturating_sub(self.tokens_reserved()) / each;
+            // One alone is tried even so: the decoder says what does not fit.
+            let fitting = if idle && entries.is_empty() { fitting.max(1) } else { fitting };
+            let count = left.min(free.len()).min(fitting);
+            if count == 0 {
+                break;
+            }
             let slots: Vec<usize> = free.drain(..count).collect();
             for (offset, &slot) in slots.iter().enumerate() {
                 self.active[slot] = Some(self.start(request, next + offset));
@@ -300,10 +315,21 @@ impl<'a> Run<'a, '_> {
         entries
     }
 
+    /// Tokens that a completion of `request` may come to hold.
+    fn tokens_of(&self, request: &GenerateRequest) -> usize {
+        let whole = request.prompt.len().saturating_add(request.max_new_tokens);
+        whole.min(self.options.context_limit) + SLACK_TOKENS
+    }
+
+    /// Tokens that everything running may come to hold.
+    fn tokens_reserved(&self) -> usize {
+        self.active.iter().flatten().map(|active| self.tokens_of(active.request)).sum()
+    }
+
     fn start(&self, request: &'a GenerateRequest, index: usize) -> Active<'a> {
         let out = Generated {
             id: request.id,
-            index,
+            index: request.first_index + index,
             tokens: Vec::new(),
             finish: FinishReason::Length,
             logprobs: Vec::new(),
@@ -399,8 +425,8 @@ impl Active<'_> {
 
 fn choose(active: &Active<'_>, logits_v: &[f32], sampler: &Sampler, options: &GenerateOptions) -> Option<Choice> {
     let mut own_v = logits_v.to_vec();
-    let draw =
-        Draw { request: active.out.id, completion: active.out.index as u64, position: active.out.tokens.len() as u64 };
+    let position = active.request.first_position + active.out.tokens.len();
+    let draw = Draw { request: active.out.id, completion: active.out.index as u64, position: position as u64 };
     let token = sampler.choose(&mut own_v, &active.seen, draw)?;
     let mut choice = Choice { token, logprob: 0.0, candidates: Vec::new() };
     if options.logprobs || options.candidates > 0 {

@@ -460,6 +460,13 @@ impl ModelConfig {
         list
     }
 
+    /// Numbers a token that one block's forward keeps for its backward beside its input: queries, keys and values; the
+    /// attention's result and its sums; the stream after it; gate and up.
+    pub fn kept_width(&self) -> usize {
+        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
+        (2 * heads + 2 * kv_heads) * self.head_dim + heads + self.hidden_size + 2 * self.intermediate_size
+    }
+
     /// Number of trainable numbers; tied weights count once.
     pub fn parameter_count(&self) -> u64 {
         let count = |list: Vec<ParamSpec>| list.iter().map(|p| p.len() as u64).sum::<u64>();

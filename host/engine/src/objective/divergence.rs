@@ -3,8 +3,10 @@
 //! β = 0: Σ eᵗ(t − c); β = 1: Σ eᶜ(c − t); between: β·Σ eᵗ(t − m) + (1 − β)·Σ eᶜ(c − m), m = ln((1 − β)eᶜ + βeᵗ)
 //! (Agarwal et al. 2024, "On-Policy Distillation of Language Models", with the mixture as TRL writes it).
 
+use cosmos_kernels::{Isa, vocabulary};
+
 use super::spec::Mass;
-use crate::score::softmax::{RowStats, exp_nonpositive};
+use crate::score::softmax::RowStats;
 
 /// A tail lighter than this counts as this much: log-probs in f32 cannot tell lighter ones apart.
 const TAIL_MIN: f64 = 1e-8;
@@ -124,56 +126,16 @@ pub(super) fn over_vocabulary(
     beta: f64,
     clip: Option<f64>,
 ) -> Divergence {
-    let mut d = Divergence { student_mass: 1.0, teacher_mass: 1.0, ..Divergence::default() };
-    let (student_inverse, teacher_inverse) = ((1.0 / student.sum) as f32, (1.0 / teacher.sum) as f32);
-    let (student_ln, teacher_ln) = (student.sum.ln() as f32, teacher.sum.ln() as f32);
-    let (student_max, teacher_max) = (student.max, teacher.max);
     let limit = clip.map_or(f32::INFINITY, |clip| clip as f32);
-    let (alpha, beta_f32) = ((1.0 - beta) as f32, beta as f32);
-    let mut clipped = false;
-    for (z, slot) in student_v.iter().zip(teacher_v.iter_mut()) {
-        let (x, y) = (*z - student_max, *slot - teacher_max);
-        let (p, q) = (exp_nonpositive(x) * student_inverse, exp_nonpositive(y) * teacher_inverse);
-        let (c, t) = (x - student_ln, y - teacher_ln);
-        let mut hold = |ratio: f32| {
-            let inside = ratio.abs() <= limit;
-            clipped |= !inside;
-            (ratio.clamp(-limit, limit), f32::from(u8::from(inside)))
-        };
-        let (value, slope) = if beta == 0.0 {
-            if q == 0.0 {
-                (0.0, 0.0)
-            } else {
-                let (ratio, inside) = hold(t - c);
-                (q * ratio, -q * inside)
-            }
-        } else if beta == 1.0 {
-            if p == 0.0 {
-                (0.0, 0.0)
-            } else {
-                let (ratio, inside) = hold(c - t);
-                // `inside` alone is the constant that no gradient sees; without it equal models give exact zeros.
-                (p * ratio, p * (ratio + inside - 1.0))
-            }
-        } else {
-            let (p, q) = (alpha * p, beta_f32 * q);
-            let mixture = p + q;
-            if mixture == 0.0 {
-                (0.0, 0.0)
-            } else {
-                let m = mixture.ln();
-                let (teacher_part, inside_t) = if q == 0.0 { (0.0, 0.0) } else { hold(t - m) };
-                let (student_part, inside_c) = if p == 0.0 { (0.0, 0.0) } else { hold(c - m) };
-                let dm = p / mixture;
-                (q * teacher_part + p * student_part, p * (student_part + inside_c * (1.0 - dm)) - q * inside_t * dm)
-            }
-        };
-        d.value += f64::from(value);
-        d.gradient_sum += f64::from(slope);
-        *slot = slope;
+    let (own, other) = (student.distribution(), teacher.distribution());
+    let found = vocabulary::divergence(Isa::best(), student_v, own, teacher_v, other, beta as f32, limit);
+    Divergence {
+        value: found.value,
+        clipped: found.clipped,
+        student_mass: 1.0,
+        teacher_mass: 1.0,
+        gradient_sum: found.slopes,
     }
-    d.clipped = clipped;
-    d
 }
 
 #[cfg(test)]

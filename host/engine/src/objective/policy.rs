@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use cosmos_kernels::{Isa, vocabulary};
 use rayon::prelude::*;
 
 use super::divergence::{self, Divergence};
@@ -42,11 +43,12 @@ struct Task<'a> {
     plan: Option<Plan>,
 }
 
-/// A row's sample and its index among the sample's scored tokens.
+/// A row's sample, its index among the sample's scored tokens and its token's index in the sequence.
 #[derive(Clone, Copy)]
 struct Row {
     sample: usize,
     token: usize,
+    at: usize,
 }
 
 /// What the first pass keeps of a row.
@@ -86,6 +88,7 @@ struct RowOutcome {
     clipped: bool,
     bounded: bool,
     behaviour: Option<(f64, bool)>,
+    mismatch: Option<f64>,
     entropy: f64,
     distilled: Option<Distilled>,
     teacher_entropy: Option<f64>,
@@ -121,12 +124,12 @@ impl<'a> PolicyLoss<'a> {
         for (index, sample) in samples.iter().enumerate() {
             check_sample(spec, index, sample, teacher.is_some())?;
             let start = rows.len();
-            rows.extend((0..sample.scored(spec)).map(|token| Row { sample: index, token }));
+            rows.extend(sample.targets(spec).enumerate().map(|(token, at)| Row { sample: index, token, at }));
             ranges.push(start..rows.len());
             weights.push(normaliser.weight(spec, rows.len() - start));
             if sample.is_missing(spec) {
                 report.missing_samples += 1;
-                report.missing_tokens += sample.ids.len() - sample.prompt_len;
+                report.missing_tokens += sample.completion_tokens();
             }
         }
         report.tokens = rows.len();
@@ -155,8 +158,7 @@ impl<'a> PolicyLoss<'a> {
             active.iter().map(|&i| &task.samples[i].ids[..task.samples[i].ids.len() - 1]).collect();
         let mut positions = Vec::with_capacity(self.rows());
         for (b, &i) in active.iter().enumerate() {
-            let first = task.samples[i].first(task.spec);
-            positions.extend(task.ranges[i].clone().enumerate().map(|(token, _)| Position { b, t: first + token - 1 }));
+            positions.extend(task.rows[task.ranges[i].clone()].iter().map(|row| Position { b, t: row.at - 1 }));
         }
         Ok((TokenBatch::new(&sequences)?, positions))
     }
@@ -258,6 +260,9 @@ impl<'a> PolicyLoss<'a> {
                 report.behaviour_ratio.add(ratio);
                 report.behaviour_capped_tokens += usize::from(capped);
             }
+            if let Some(mismatch) = outcome.mismatch {
+                report.mismatch.add(mismatch);
+            }
             if let Some(distilled) = outcome.distilled {
                 self.row_kl[row] = distilled.kl as f32;
                 report.kl.push(distilled.kl as f32);
@@ -339,15 +344,13 @@ impl Task<'_> {
     }
 
     fn target(&self, row: Row) -> u32 {
-        let sample = &self.samples[row.sample];
-        sample.ids[sample.first(self.spec) + row.token]
+        self.samples[row.sample].ids[row.at]
     }
 
     /// The reward's advantage: of completion tokens only, also when the prompt is distilled.
     fn reward(&self, row: Row) -> f64 {
         let sample = &self.samples[row.sample];
-        let in_completion = sample.first(self.spec) + row.token >= sample.prompt_len;
-        if in_completion { f64::from(sample.advantage) } else { 0.0 }
+        if row.at >= sample.prompt_len { f64::from(sample.advantage) } else { 0.0 }
     }
 
     /// A row's candidate ids and the teacher's log-probs of them.
@@ -355,7 +358,7 @@ impl Task<'_> {
         self.distill(row.sample)?;
         let sample = &self.samples[row.sample];
         let TeacherView::TopK { ids, logprobs } = &sample.teacher else { return None };
-        let k = ids.len() / sample.scored(self.spec).max(1);
+        let k = ids.len() / self.ranges[row.sample].len().max(1);
         let own = row.token * k..(row.token + 1) * k;
         Some((ids.get(own.clone())?, logprobs.get(own)?))
     }
@@ -601,6 +604,11 @@ impl Task<'_> {
             clipped: loss.clipped,
             bounded: loss.bounded,
             behaviour: behaviour.map(|b| (b.2, b.1)),
+            mismatch: self.samples[row.sample]
+                .recorded
+                .as_ref()
+                .and_then(|recorded| self.aligned(recorded, row))
+                .map(|recorded| (c - recorded).abs()),
             entropy: stats.entropy,
             distilled,
             ..RowOutcome::default()
@@ -690,10 +698,7 @@ impl Task<'_> {
         z_v[target] += at_target as f32;
         match pull {
             Some(pull) if pull.dense => {
-                let weight = pull_weight as f32;
-                for (z, slope) in z_v.iter_mut().zip(teacher_v.unwrap_or(&mut [])) {
-                    *z += weight * *slope;
-                }
+                vocabulary::add_scaled(Isa::best(), z_v, teacher_v.unwrap_or(&mut []), pull_weight as f32);
             }
             Some(pull) => {
                 for (id, slope) in &pull.sparse {
@@ -711,14 +716,19 @@ fn check_sample(spec: &ObjectiveSpec, index: usize, sample: &Sample, has_source:
     if sample.prompt_len == 0 || sample.prompt_len > sample.ids.len() {
         return wrong(format!("a prompt of {} tokens in a sequence of {}", sample.prompt_len, sample.ids.len()), "");
     }
+    let all = sample.ids.len() - sample.prompt_len;
+    if let Some(own) = sample.own.as_ref().filter(|own| own.len() != all) {
+        return wrong(format!("a mask of {} entries for a completion of {all} tokens", own.len()), "");
+    }
     if sample.is_missing(spec) {
         return Ok(());
     }
     let tokens = sample.scored(spec);
-    let completion = sample.ids.len() - sample.prompt_len;
+    let completion = sample.completion_tokens();
     let lengths = [
         ("old log-probs", sample.old.as_ref().map(Vec::len).filter(|&length| length != completion)),
         ("rollout log-probs", sample.rollout.as_ref().map(Vec::len).filter(|&length| length != completion)),
+        ("recorded log-probs", sample.recorded.as_ref().map(Vec::len).filter(|&length| length != completion)),
         ("reference log-probs", sample.reference.as_ref().map(Vec::len)),
         ("teacher entropies", sample.teacher_entropy.as_ref().map(Vec::len)),
         ("teacher top-1 ids", sample.teacher_top1.as_ref().map(Vec::len)),

@@ -265,6 +265,53 @@ fn missing_teachers_are_masked_and_counted() {
     assert!(loss.batch().is_err() && !loss.needs_first_pass());
 }
 
+/// A conversation: what others said stands between the model's own tokens.
+#[test]
+fn tokens_of_others_are_context_only() {
+    let (student_rv, teacher_rv) = (noise(2, 12 * VOCAB), noise(3, 12 * VOCAB));
+    let heard = |sample: &Sample, ids: [u32; 3]| {
+        let at = sample.prompt_len + 2;
+        let mut long = sample.clone();
+        long.ids.splice(at..at, ids);
+        let own = |token: usize| !(2..5).contains(&token);
+        long.own = Some((0..long.ids.len() - long.prompt_len).map(own).collect());
+        long
+    };
+    for include_prompt in [false, true] {
+        for kind in KINDS {
+            let mut own = distill(kind, 0.4);
+            (own.discount, own.include_prompt) = (0.7, include_prompt);
+            let spec = ObjectiveSpec {
+                distill: Some(own),
+                kl_beta: 0.1,
+                use_decoupled_loss: true,
+                loss: LossType::SeqMeanTokenMean,
+                ..ObjectiveSpec::default()
+            };
+            let plain = samples(&spec, &student_rv, &teacher_rv, true);
+            let long: Vec<Sample> = plain.iter().map(|s| heard(s, [7, 8, 6])).collect();
+            let alone = run(&spec, &plain, &student_rv, &teacher_rv, 3);
+            assert_eq!(run(&spec, &long, &student_rv, &teacher_rv, 3), alone, "{kind:?}");
+            let others: Vec<Sample> = plain.iter().map(|s| heard(s, [1, 0, 2])).collect();
+            assert_eq!(run(&spec, &others, &student_rv, &teacher_rv, 3), alone, "{kind:?}");
+            let normaliser = Normaliser::of(&spec, &long, 1.0);
+            assert_eq!(normaliser, Normaliser::of(&spec, &plain, 1.0));
+            let mut source = Kept(teacher_rv.clone());
+            let (batch, positions) =
+                PolicyLoss::new(&spec, &long, normaliser, Some(&mut source)).unwrap().batch().unwrap();
+            // The model reads everything; the token after what it heard is predicted from the last token heard.
+            assert_eq!(batch.lens_b, [7, 7]);
+            let of_second: Vec<usize> = positions.iter().filter(|p| p.b == 1).map(|p| p.t).collect();
+            assert_eq!(of_second, [0, 1, 5, 6]);
+        }
+    }
+    let spec = ObjectiveSpec::default();
+    let mut bad = samples(&spec, &student_rv, &teacher_rv, false);
+    bad[0].own = Some(vec![true]);
+    let error = PolicyLoss::new(&spec, &bad, Normaliser::of(&spec, &bad, 1.0), None).err().expect("refused");
+    assert!(error.to_string().contains("a mask of 1 entries for a completion of 3 tokens"), "{error}");
+}
+
 #[test]
 fn the_prompt_gets_no_reward() {
     let (student_rv, teacher_rv) = (noise(2, 12 * VOCAB), noise(3, 12 * VOCAB));

@@ -138,6 +138,8 @@ pub struct Report {
     pub masked_sequences: usize,
     /// Old / rollout probability, where rollout log-probs are known.
     pub behaviour_ratio: Spread,
+    /// |log-prob now − log-prob that the rollout recorded| under the same weights, where it was recorded.
+    pub mismatch: Spread,
 }
 
 impl Report {
@@ -169,6 +171,7 @@ impl Report {
         self.behaviour_capped_tokens += other.behaviour_capped_tokens;
         self.masked_sequences += other.masked_sequences;
         self.behaviour_ratio.merge(&other.behaviour_ratio);
+        self.mismatch.merge(&other.mismatch);
     }
 
     /// Share of tokens on whose most likely id student and teacher agree.

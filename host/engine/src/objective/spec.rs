@@ -186,8 +186,8 @@ pub enum TeacherView {
     Full,
 }
 
-/// A sequence to train on. Optional vectors have one entry per scored token: the completion's, or all but the first
-/// when the prompt is distilled too (see [`Sample::first`]); `old` and `rollout` may then cover the completion only, and
+/// A sequence to train on. Optional vectors have one entry per scored token: the completion's own, or the prompt's but
+/// the first as well when the prompt is distilled too (see [`Sample::first`]); `old` and `rollout` may then cover the completion only, and
 /// prompt tokens count as on-policy.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Sample {
@@ -195,12 +195,18 @@ pub struct Sample {
     pub ids: Vec<u32>,
     /// Length of the prompt, at least 1.
     pub prompt_len: usize,
+    /// Which completion tokens the model sampled itself, in conversations where others speak too; none: all. The others
+    /// are context: they are not scored, so no vector of this sample has entries for them.
+    pub own: Option<Vec<bool>>,
     /// Reward advantage, spread over the completion's tokens.
     pub advantage: f32,
     /// Log-probs of the old policy with the training temperature; none means the current ones without gradient.
     pub old: Option<Vec<f32>>,
     /// Log-probs that the rollout engine gave, for the decoupled loss and the off-policy mask.
     pub rollout: Option<Vec<f32>>,
+    /// Log-probs that the rollout recorded under the very weights that are trained now, for the metric of how far the two
+    /// paths' numbers lie apart.
+    pub recorded: Option<Vec<f32>>,
     /// Log-probs of the reference policy; needed when `kl_beta` is not 0.
     pub reference: Option<Vec<f32>>,
     /// The teacher's view.
@@ -222,7 +228,28 @@ impl Sample {
 
     /// Number of tokens with a loss: none when the teacher's result is missing.
     pub fn scored(&self, spec: &ObjectiveSpec) -> usize {
-        if self.is_missing(spec) { 0 } else { self.ids.len().saturating_sub(self.first(spec)) }
+        if self.is_missing(spec) {
+            return 0;
+        }
+        self.prompt_len.saturating_sub(self.first(spec)) + self.completion_tokens()
+    }
+
+    /// Indices of the scored tokens in `ids`, in order, as many as [`Sample::scored`].
+    pub fn targets(&self, spec: &ObjectiveSpec) -> impl Iterator<Item = usize> {
+        let first = if self.is_missing(spec) { self.ids.len() } else { self.first(spec) };
+        let own = move |at: usize| match (at.checked_sub(self.prompt_len), &self.own) {
+            (Some(token), Some(own)) => own.get(token).copied().unwrap_or(false),
+            _ => true,
+        };
+        (first..self.ids.len()).filter(move |at| own(*at))
+    }
+
+    /// Completion tokens that the model sampled itself.
+    pub fn completion_tokens(&self) -> usize {
+        match &self.own {
+            Some(own) => own.iter().filter(|own| **own).count(),
+            None => self.ids.len().saturating_sub(self.prompt_len),
+        }
     }
 
     /// Whether the sample waits in vain for its teacher.

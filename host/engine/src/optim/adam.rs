@@ -86,7 +86,8 @@ impl Adam {
         if model.params() != self.specs {
             return Err(EngineError::invalid("the optimizer was made for other parameters than this model has", ""));
         }
-        let square: f64 = (0..self.specs.len()).map(|index| sum_of_squares(&model.read_grad(index))).sum();
+        let mut square = 0.0;
+        model.visit_grads(&mut |_, gradient| square += sum_of_squares(gradient));
         let grad_norm = square.sqrt();
         if !grad_norm.is_finite() {
             return Ok(StepStats { grad_norm, clipped: false, finite: false });

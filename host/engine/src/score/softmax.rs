@@ -1,11 +1,12 @@
 //! One row of logits: stable log-softmax, entropy and the gradient of anything that depends on log-probs.
 //!
-//! The exponential is our own because the standard library's is a call per element, which the compiler cannot
-//! vectorise; at a vocabulary of 150,000 that call is most of the time of a loss.
+//! Whole rows go through [`cosmos_kernels::vocabulary`]; the exponential here serves single numbers.
+
+use cosmos_kernels::Isa;
+use cosmos_kernels::vocabulary::{self, Distribution};
 
 /// Below this, `exp` is treated as zero (the smallest normal f32 is `exp(-87.3)`).
 const EXP_MIN: f32 = -87.0;
-const LANES: usize = 16;
 
 /// `exp(x)` for `x <= 0`, zero below -87, relative error below 2e-7. NaN gives zero: callers look for NaN before.
 #[inline(always)]
@@ -46,36 +47,14 @@ pub(crate) struct RowStats {
 impl RowStats {
     /// Statistics of the row, or `None` when it holds NaN or +∞, or nothing above −∞.
     pub fn of(z_v: &[f32]) -> Option<Self> {
-        let (max, nan) = max_of(z_v);
-        if nan || !max.is_finite() {
-            return None;
-        }
-        let argmax = z_v.iter().position(|&z| z == max)? as u32;
-        let (mut sum, mut weighted) = (0.0f64, 0.0f64);
-        for block in z_v.chunks(1024) {
-            let mut sums = [0.0f32; LANES];
-            let mut products = [0.0f32; LANES];
-            let mut parts = block.chunks_exact(LANES);
-            for part in &mut parts {
-                for lane in 0..LANES {
-                    let x = part[lane] - max;
-                    let e = exp_nonpositive(x);
-                    sums[lane] += e;
-                    products[lane] += e * if x > EXP_MIN { x } else { EXP_MIN };
-                }
-            }
-            for &z in parts.remainder() {
-                let x = z - max;
-                let e = exp_nonpositive(x);
-                sum += f64::from(e);
-                weighted += f64::from(e) * f64::from(x.max(EXP_MIN));
-            }
-            for lane in 0..LANES {
-                sum += f64::from(sums[lane]);
-                weighted += f64::from(products[lane]);
-            }
-        }
-        Some(Self { max, argmax, sum, entropy: (sum.ln() - weighted / sum).max(0.0) })
+        let sums = vocabulary::sums(Isa::best(), z_v)?;
+        let entropy = (sums.sum.ln() - sums.weighted / sums.sum).max(0.0);
+        Some(Self { max: sums.max, argmax: sums.argmax as u32, sum: sums.sum, entropy })
+    }
+
+    /// As the kernels take it.
+    pub fn distribution(&self) -> Distribution {
+        Distribution { max: self.max, inverse: (1.0 / self.sum) as f32, log_sum: self.sum.ln() as f32 }
     }
 
     /// Log-prob of a token with logit `z`.
@@ -86,43 +65,8 @@ impl RowStats {
 
     /// Replaces each logit by `p · (a + b · log p)`, the gradient of everything that acts on the whole row alike.
     pub fn write_gradient(&self, z_v: &mut [f32], a: f64, b: f64) {
-        let inverse = (1.0 / self.sum) as f32;
-        let log_sum = self.sum.ln() as f32;
-        let (max, a, b) = (self.max, a as f32, b as f32);
-        if b == 0.0 {
-            let scale = inverse * a;
-            for z in z_v.iter_mut() {
-                *z = exp_nonpositive(*z - max) * scale;
-            }
-        } else {
-            for z in z_v.iter_mut() {
-                let x = *z - max;
-                let bounded = if x > EXP_MIN { x } else { EXP_MIN };
-                *z = exp_nonpositive(x) * inverse * (a + b * (bounded - log_sum));
-            }
-        }
+        vocabulary::weigh(Isa::best(), z_v, self.distribution(), a as f32, b as f32);
     }
-}
-
-/// Largest value and whether any is NaN.
-fn max_of(z_v: &[f32]) -> (f32, bool) {
-    let mut maxima = [f32::NEG_INFINITY; LANES];
-    let mut nans = [0u32; LANES];
-    let mut parts = z_v.chunks_exact(LANES);
-    for part in &mut parts {
-        for lane in 0..LANES {
-            let z = part[lane];
-            nans[lane] |= u32::from(z.is_nan());
-            maxima[lane] = if z > maxima[lane] { z } else { maxima[lane] };
-        }
-    }
-    let mut nan = nans.iter().any(|&n| n != 0);
-    let mut max = maxima.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    for &z in parts.remainder() {
-        nan |= z.is_nan();
-        max = max.max(z);
-    }
-    (max, nan)
 }
 
 /// Divides by the temperature as the original does: only when it is above 1e-6 and not 1.

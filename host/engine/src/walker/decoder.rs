@@ -32,6 +32,8 @@ pub(super) struct TransformerDecoder<'a, E: BlockEngine> {
     /// Tokens in each slot; 0 means free.
     lens: Vec<usize>,
     capacity: usize,
+    /// Memory of earlier logits.
+    spare: Vec<Vec<f32>>,
 }
 
 impl<'a, E: BlockEngine> TransformerDecoder<'a, E> {
@@ -50,7 +52,12 @@ impl<'a, E: BlockEngine> TransformerDecoder<'a, E> {
             ));
         }
         let kv = (0..model.layers()).map(|_| (0..slots).map(|_| model.engine.kv(capacity)).collect()).collect();
-        Ok(Self { model, kv, lens: vec![0; slots], capacity })
+        Ok(Self { model, kv, lens: vec![0; slots], capacity, spare: Vec::new() })
+    }
+
+    /// Memory to overwrite.
+    fn spare(&mut self) -> Vec<f32> {
+        self.spare.pop().unwrap_or_default()
     }
 
     fn check_slot(&self, slot: usize) -> Result<()> {
@@ -76,23 +83,38 @@ impl<'a, E: BlockEngine> TransformerDecoder<'a, E> {
                 caches.push(head);
                 *kv = tail;
             }
-            work.push(Mutex::new((tokens, slots_before, caches)));
+            let logits = self.spare.pop().unwrap_or_default();
+            work.push(Mutex::new((tokens, slots_before, caches, logits)));
             slots_before = slots_end;
         }
         let model = &*self.model;
         let found = model.engine.run_lanes(work.len(), &|lane| {
             let mut work = work[lane].lock().map_err(|_| EngineError::invalid("a decoding thread panicked", ""))?;
-            let (tokens, first_slot, caches) = &mut *work;
-            run(model, tokens, *first_slot, caches)
+            let (tokens, first_slot, caches, logits) = &mut *work;
+            run(model, tokens, *first_slot, caches, std::mem::take(logits))
         });
-        let mut logits = vec![0.0; targets * vocab];
-        for (work, found) in work.into_iter().zip(found) {
-            let found = found?;
-            let (tokens, ..) = work.into_inner().map_err(|_| EngineError::invalid("a decoding thread panicked", ""))?;
-            for (target, row) in tokens.iter().filter_map(|t| t.target).zip(found.chunks_exact(vocab)) {
+        let mut parts = Vec::with_capacity(found.len());
+        for part in found {
+            parts.push(part?);
+        }
+        // A step names its slots in order, mostly: then the parts are the result.
+        let in_order = tokens.iter().filter_map(|t| t.target).eq(0..targets);
+        let logits = if in_order && parts.len() == 1 {
+            parts.swap_remove(0)
+        } else if in_order {
+            let mut logits = self.spare();
+            logits.clear();
+            parts.iter().for_each(|part| logits.extend_from_slice(part));
+            logits
+        } else {
+            let mut logits = vec![0.0; targets * vocab];
+            let rows = parts.iter().flat_map(|part| part.chunks_exact(vocab));
+            for (target, row) in tokens.iter().filter_map(|t| t.target).zip(rows) {
                 logits[target * vocab..(target + 1) * vocab].copy_from_slice(row);
             }
-        }
+            logits
+        };
+        parts.into_iter().for_each(|part| self.recycle(part));
         for token in tokens {
             self.lens[token.row.slot] = token.row.position + 1;
         }
@@ -124,12 +146,13 @@ fn run<E: BlockEngine>(
     tokens: &[Token],
     first_slot: usize,
     caches: &mut [&mut [E::Kv]],
+    mut logits: Vec<f32>,
 ) -> Result<Vec<f32>> {
     let engine = &model.engine;
     let rows: Vec<DecodeRow> = tokens.iter().map(|t| DecodeRow { slot: t.row.slot - first_slot, ..t.row }).collect();
     let mut ids: Vec<u32> = tokens.iter().map(|t| t.id).collect();
     ids.resize(engine.decode_rows(ids.len()), 0);
-    let mut x = engine.embed(&model.device.embed, &ids);
+    let mut x = engine.embed(&model.device.embed, &model.groups[0], &ids);
     for (block, kv) in model.device.blocks.iter().zip(caches) {
         x = engine.block_decode(block, kv, &rows, x)?;
     }
@@ -137,13 +160,21 @@ fn run<E: BlockEngine>(
         tokens.iter().enumerate().filter(|(_, t)| t.target.is_some()).map(|(row, _)| row as u32).collect();
     let count = wanted.len();
     if count == 0 {
-        return Ok(Vec::new());
+        logits.clear();
+        return Ok(logits);
     }
     wanted.resize(engine.decode_rows(count), wanted[0]);
     let hidden_rh = engine.final_norm(&model.device.norm, x, &wanted)?;
-    let mut logits = engine.head(&model.device.head, &hidden_rh)?;
+    engine.head(model.device.head(), &hidden_rh, &mut logits)?;
     logits.truncate(count * engine.config().vocab_size);
     Ok(logits)
+}
+
+impl<E: BlockEngine> Drop for TransformerDecoder<'_, E> {
+    fn drop(&mut self) {
+        self.kv.clear();
+        self.model.engine.kv_end();
+    }
 }
 
 impl<E: BlockEngine> Decoder for TransformerDecoder<'_, E> {
@@ -223,6 +254,18 @@ impl<E: BlockEngine> Decoder for TransformerDecoder<'_, E> {
             return Err(EngineError::invalid(format!("slot {} is named twice in one step", pair[0].row.slot), ""));
         }
         if tokens.is_empty() { Ok(Vec::new()) } else { self.append(&tokens, entries.len()) }
+    }
+
+    fn recycle(&mut self, logits: Vec<f32>) {
+        // One for each lane and one for all of them together.
+        let most = self.model.engine.lanes() + 1;
+        if self.spare.len() < most {
+            self.spare.push(logits);
+        }
+    }
+
+    fn tokens_max(&self) -> usize {
+        self.model.engine.kv_tokens_max()
     }
 
     fn release(&mut self, slot: usize) {

@@ -1,12 +1,15 @@
-//! The numbers of the walk, on the reference engine: gradients against finite differences, and independence of how a
+//! The numbers of the walk, on every engine of this machine: gradients against finite differences, and independence of how a
 //! batch is cut, what is decoded beside a sequence, and how many threads there are.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::path::Path;
 
+use proptest::prelude::*;
+
 use crate::batch::{Position, TokenBatch};
-use crate::burn_engine;
-use crate::model::{Decoder, HeadLoss, Model, ModelConfig, Prefill};
+use crate::generate::{GenerateOptions, GenerateRequest, SamplingParams, generate};
+use crate::model::{self, Decoder, HeadLoss, Model, ModelConfig, Prefill};
+use crate::objective::{Normaliser, ObjectiveSpec, PolicyLoss, Sample};
 use crate::{EngineError, Result};
 
 /// Small configs that together use every switch.
@@ -21,8 +24,8 @@ fn configs() -> Vec<ModelConfig> {
     ]
 }
 
-fn random(config: &ModelConfig, seed: u64) -> Box<dyn Model> {
-    let mut model = burn_engine::random(config, "burn:flex", seed).unwrap();
+fn random(device: &str, config: &ModelConfig, seed: u64) -> Box<dyn Model> {
+    let mut model = model::random(config, device, seed).unwrap();
     // Fresh norms and biases are constants; other values make mistakes in their gradients visible.
     let values = crate::weights::random(&ModelConfig { initializer_range: 0.2, ..config.clone() }, seed + 1).concat();
     let mut next = values.iter().filter(|v| **v != 0.0 && **v != 1.0).cycle();
@@ -116,10 +119,9 @@ fn grads(model: &mut dyn Model, batch: &TokenBatch, wanted: &[Position]) -> Vec<
     (0..model.params().len()).map(|index| model.read_grad(index)).collect()
 }
 
-#[test]
-fn gradients_agree_with_finite_differences() {
+fn gradients_agree_with_finite_differences(device: &str) {
     for config in configs() {
-        let mut model = random(&config, 11);
+        let mut model = random(device, &config, 11);
         let batch = batch(&sequences(&[5, 3, 6], config.vocab_size));
         let found = grads(&mut *model, &batch, &positions(&batch));
         for (index, found) in found.iter().enumerate() {
@@ -145,10 +147,9 @@ fn gradients_agree_with_finite_differences() {
     }
 }
 
-#[test]
-fn a_batch_and_its_rows_give_the_same_gradient() {
+fn a_batch_and_its_rows_give_the_same_gradient(device: &str) {
     let config = &configs()[1];
-    let mut model = random(config, 5);
+    let mut model = random(device, config, 5);
     // More tokens than one tile holds, and rows of many lengths.
     let lens: Vec<usize> = (0..40).map(|row| 20 + row * 13 % 60).collect();
     let rows = sequences(&lens, config.vocab_size);
@@ -187,10 +188,9 @@ fn a_batch_and_its_rows_give_the_same_gradient() {
     }
 }
 
-#[test]
-fn positions_may_come_in_any_order_and_rows_without_one_cost_nothing() {
+fn positions_may_come_in_any_order_and_rows_without_one_cost_nothing(device: &str) {
     let config = &configs()[0];
-    let mut model = random(config, 5);
+    let mut model = random(device, config, 5);
     let batch = batch(&sequences(&[4, 9, 7], config.vocab_size));
     let all = model.hidden_rh(&batch, &positions(&batch)).unwrap();
     let wanted = [Position { b: 2, t: 5 }, Position { b: 0, t: 3 }, Position { b: 2, t: 0 }];
@@ -203,10 +203,9 @@ fn positions_may_come_in_any_order_and_rows_without_one_cost_nothing() {
     }
 }
 
-#[test]
-fn the_first_pass_sees_what_the_second_does() {
+fn the_first_pass_sees_what_the_second_does(device: &str) {
     let config = &configs()[0];
-    let mut model = random(config, 5);
+    let mut model = random(device, config, 5);
     let batch = batch(&sequences(&[4, 9], config.vocab_size));
     let wanted = positions(&batch);
     let mut wave = Wave::new(config.vocab_size, true);
@@ -223,10 +222,9 @@ fn decode(decoder: &mut dyn Decoder, slot: usize, sequence: &[u32], prompt: usiz
     found
 }
 
-#[test]
-fn decoding_agrees_with_the_whole_sequence() {
+fn decoding_agrees_with_the_whole_sequence(device: &str) {
     for config in configs() {
-        let mut model = random(&config, 3);
+        let mut model = random(device, &config, 3);
         let sequence = sequences(&[40], config.vocab_size).remove(0);
         let found = decode(&mut *model.decoder(3, 64).unwrap(), 1, &sequence, 9).concat();
         let batch = batch(&[sequence]);
@@ -239,10 +237,9 @@ fn decoding_agrees_with_the_whole_sequence() {
     }
 }
 
-#[test]
-fn a_sequence_decodes_to_the_same_bits_alone_and_among_others() {
+fn a_sequence_decodes_to_the_same_bits_alone_and_among_others(device: &str) {
     for config in configs() {
-        let mut model = random(&config, 3);
+        let mut model = random(device, &config, 3);
         let count = 150;
         let lens: Vec<usize> = (0..count).map(|row| 24 + row * 7 % 30).collect();
         let rows = sequences(&lens, config.vocab_size);
@@ -277,10 +274,9 @@ fn a_sequence_decodes_to_the_same_bits_alone_and_among_others() {
     }
 }
 
-#[test]
-fn a_prompt_for_many_slots_is_in_each() {
+fn a_prompt_for_many_slots_is_in_each(device: &str) {
     let config = &configs()[1];
-    let mut model = random(config, 3);
+    let mut model = random(device, config, 3);
     let mut decoder = model.decoder(4, 32).unwrap();
     let prompt = [3, 1, 4, 1, 5];
     let first = decoder.prefill(&[Prefill { slots: vec![2, 0, 3], prompt: &prompt }]).unwrap();
@@ -290,10 +286,9 @@ fn a_prompt_for_many_slots_is_in_each() {
     assert_eq!([a, a].concat(), rest);
 }
 
-#[test]
-fn a_long_prompt_is_cut_without_a_trace() {
+fn a_long_prompt_is_cut_without_a_trace(device: &str) {
     let config = ModelConfig { max_position_embeddings: 4096, ..configs()[0].clone() };
-    let mut model = random(&config, 3);
+    let mut model = random(device, &config, 3);
     let sequence = sequences(&[2500], config.vocab_size).remove(0);
     let mut decoder = model.decoder(2, 4000).unwrap();
     let short = [1, 2, 3];
@@ -310,10 +305,9 @@ fn a_long_prompt_is_cut_without_a_trace() {
     }
 }
 
-#[test]
-fn misuse_is_an_error() {
+fn misuse_is_an_error(device: &str) {
     let config = &configs()[0];
-    let mut model = random(config, 3);
+    let mut model = random(device, config, 3);
     let message =
         |result: Result<Vec<f32>>| result.map_err(|e: EngineError| e.to_string()).expect_err("misuse is refused");
     let batch = batch(&sequences(&[4], config.vocab_size));
@@ -337,9 +331,40 @@ fn misuse_is_an_error() {
     decoder.prefill(&[Prefill { slots: vec![0], prompt: &[1] }]).unwrap();
 }
 
-#[test]
-fn a_frozen_model_holds_no_gradients() {
-    let mut model = random(&configs()[0], 3);
+fn rollout_and_training_give_the_same_log_probs(device: &str) {
+    for config in configs() {
+        let mut model = random(device, &config, 3);
+        let requests: Vec<GenerateRequest> = sequences(&[5, 9, 3], config.vocab_size)
+            .into_iter()
+            .zip(0..)
+            .map(|(prompt, id)| GenerateRequest { id, prompt, n: 3, max_new_tokens: 60, ..GenerateRequest::default() })
+            .collect();
+        let options = GenerateOptions { logprobs: true, slots: 4, ..GenerateOptions::default() };
+        let mut samples = Vec::new();
+        generate(&mut *model, &requests, &SamplingParams::default(), &options, &mut |done| {
+            let prompt = &requests[done.id as usize].prompt;
+            samples.push(Sample {
+                ids: [prompt.as_slice(), &done.tokens].concat(),
+                prompt_len: prompt.len(),
+                advantage: 1.0,
+                recorded: Some(done.logprobs),
+                ..Sample::default()
+            });
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        let spec = ObjectiveSpec { distill: None, ..ObjectiveSpec::default() };
+        let mut loss = PolicyLoss::new(&spec, &samples, Normaliser::of(&spec, &samples, 1.0), None).unwrap();
+        let (batch, positions) = loss.batch().unwrap();
+        model.forward_backward(&batch, &positions, &mut loss).unwrap();
+        let mismatch = loss.into_report().mismatch;
+        assert_eq!(mismatch.count, 9 * 60);
+        assert!(mismatch.max < 1e-4 && mismatch.max > 0.0, "{mismatch:?}");
+    }
+}
+
+fn a_frozen_model_holds_no_gradients(device: &str) {
+    let mut model = random(device, &configs()[0], 3);
     assert!(model.read_grad(0).iter().all(|g| *g == 0.0));
     model.zero_grads();
     assert!(model.decoder(1, 8).is_ok());
@@ -347,13 +372,79 @@ fn a_frozen_model_holds_no_gradients() {
 
 #[test]
 fn devices_are_refused_with_a_way_out() {
-    for (device, needle) in [
-        ("cpu", "not there yet"),
-        ("cuda:0", "not there yet"),
-        ("burn:tpu", "no such device"),
-        ("burn:cuda:x", "no such device"),
-    ] {
-        let error = burn_engine::random(&configs()[0], device, 1).err().expect("refused");
+    for (device, needle) in
+        [("cuda:0", "not there yet"), ("burn:tpu", "no such device"), ("burn:cuda:x", "no such device")]
+    {
+        let error = model::random(&configs()[0], device, 1).err().expect("refused");
         assert!(error.to_string().contains(needle) && error.hint().is_some_and(|h| h.contains("burn:flex")), "{error}");
+    }
+}
+
+/// Every test above on every engine of this machine.
+macro_rules! on_each_device {
+    ($($name:ident),* $(,)?) => {
+        mod flex {
+            $(#[test] fn $name() { super::$name("burn:flex"); })*
+        }
+        mod cpu {
+            $(#[test] fn $name() { super::$name("cpu"); })*
+        }
+    };
+}
+
+on_each_device!(
+    gradients_agree_with_finite_differences,
+    a_batch_and_its_rows_give_the_same_gradient,
+    positions_may_come_in_any_order_and_rows_without_one_cost_nothing,
+    the_first_pass_sees_what_the_second_does,
+    decoding_agrees_with_the_whole_sequence,
+    a_sequence_decodes_to_the_same_bits_alone_and_among_others,
+    a_prompt_for_many_slots_is_in_each,
+    a_long_prompt_is_cut_without_a_trace,
+    misuse_is_an_error,
+    rollout_and_training_give_the_same_log_probs,
+    a_frozen_model_holds_no_gradients,
+);
+
+/// A config of random sizes that fit together.
+fn any_config() -> impl Strategy<Value = ModelConfig> {
+    let sizes = (1usize..4, 1usize..4, 1usize..20, 8usize..60, 1usize..70, 1usize..4, 5usize..90);
+    (0usize..3, any::<bool>(), sizes).prop_map(|(family, tied, (kv, group, half, hidden, inner, layers, vocab))| {
+        let family = ["qwen2", "qwen3", "llama"][family];
+        let heads = kv * group;
+        let text = format!(
+            r#"{{"model_type": "{family}", "vocab_size": {vocab}, "hidden_size": {hidden}, "intermediate_size": {inner},
+            "num_hidden_layers": {layers}, "num_attention_heads": {heads}, "num_key_value_heads": {kv}, "head_dim": {},
+            "max_position_embeddings": 256, "tie_word_embeddings": {tied}, "attention_bias": {tied}, "mlp_bias": {tied},
+            "initializer_range": 0.2}}"#,
+            2 * half
+        );
+        ModelConfig::from_json(&text, Path::new("config.json")).unwrap()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn engines_agree_on_random_shapes(config in any_config(), lens in prop::collection::vec(1usize..120, 1..7)) {
+        let rows = sequences(&lens, config.vocab_size);
+        let batch = batch(&rows);
+        let wanted = positions(&batch);
+        let mut found = Vec::new();
+        for device in ["burn:flex", "cpu"] {
+            let mut model = random(device, &config, 9);
+            let hidden = model.hidden_rh(&batch, &wanted).unwrap();
+            let mut logits = Vec::new();
+            model.head_logits_rv(&hidden, &mut logits).unwrap();
+            let mut all = grads(&mut *model, &batch, &wanted);
+            all.push(logits);
+            found.push(all);
+        }
+        for (index, (reference, cpu)) in found[0].iter().zip(&found[1]).enumerate() {
+            let scale = reference.iter().fold(1e-3f32, |max, x| max.max(x.abs()));
+            for (r, c) in reference.iter().zip(cpu) {
+                prop_assert!((r - c).abs() <= 2e-4 * scale, "tensor {index} of {config:?}: {r} and {c}, scale {scale}");
+            }
+        }
     }
 }

@@ -6,7 +6,10 @@ use std::path::Path;
 use cosmos_plugin::{Capabilities, Grant, Limits, PluginError, PluginHost, World};
 use proptest::prelude::*;
 
-use crate::guests::{Bench, component, embedded, outcomes, quick, reward_component, reward_module, text, wit};
+use crate::guests::{
+    Bench, component, embedded, outcomes, quick, reward_component, reward_component_of, reward_module, text, wit,
+    wit_of,
+};
 
 fn load(bench: &Bench, bytes: &[u8]) -> PluginError {
     let path = bench.file("file", bytes);
@@ -38,6 +41,13 @@ fn each_wrong_file_has_its_own_error() {
     assert!(matches!(error, PluginError::TooLarge { bytes_max: 100, .. }), "{error}");
     let error = bench.host.load(Path::new("/no/such.wasm"), &[], quick(), Capabilities::default()).unwrap_err();
     assert!(matches!(error, PluginError::Read { .. }), "{error}");
+    // A pipe that nobody writes to, and a device without end.
+    let pipe = bench.folder.path().join("pipe.wasm");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    for path in [pipe.as_path(), Path::new("/dev/zero")] {
+        let error = bench.host.load(path, &[], quick(), Capabilities::default()).unwrap_err();
+        assert!(error.to_string().contains("it is not a file"), "{error}");
+    }
 }
 
 #[test]
@@ -49,7 +59,7 @@ fn a_wrong_world_names_what_is_there_and_what_is_missing() {
     let reward = "(export \"cosmos:plugin/reward@0.1.0\" (instance $i))";
     let metadata = "(export \"cosmos:plugin/metadata@0.1.0\" (instance $i))";
     assert!(load(&bench, &world(reward)).to_string().contains("`metadata` is missing"));
-    assert!(load(&bench, &world(metadata)).to_string().contains("neither `dataset` nor `reward`"));
+    assert!(load(&bench, &world(metadata)).to_string().contains("neither `dataset` nor `reward` nor `environment`"));
     let empty = load(&bench, &world(&format!("{reward} {metadata}")));
     assert!(matches!(empty, PluginError::WrongInterface { .. }), "{empty}");
     assert!(empty.to_string().contains("describe"), "{empty}");
@@ -73,9 +83,14 @@ fn older_and_newer_packages_are_told_apart_and_patches_are_taken() {
         let module = reward_module("well_behaved").replace("@0.1.0", &format!("@{version}"));
         component(&module, &wit().replace("@0.1.0", &format!("@{version}")), "reward-plugin")
     };
-    for (version, is_newer) in [("0.0.9", false), ("0.2.0", true), ("1.0.0", true)] {
+    for (version, is_newer) in [("0.0.9", false), ("0.3.0", true), ("1.0.0", true)] {
         match load(&bench, &of(version)) {
-            PluginError::WrongVersion { found, newer, .. } => assert_eq!((found.as_str(), newer), (version, is_newer)),
+            error @ PluginError::WrongVersion { newer, .. } => {
+                assert_eq!(newer, is_newer);
+                let served = format!("built against `cosmos:plugin@{version}`, this host serves 0.1.x and 0.2.x");
+                assert!(error.to_string().contains(&served), "{error}");
+                assert_eq!(error.hint().unwrap().contains("update the host"), is_newer);
+            }
             error => panic!("{error}"),
         }
     }
@@ -83,6 +98,63 @@ fn older_and_newer_packages_are_told_apart_and_patches_are_taken() {
     let plugin = bench.host.load(&path, &[], quick(), Capabilities::default()).unwrap();
     assert_eq!(outcomes(&mut plugin.reward("r", "").unwrap(), &["abc"]), [Ok(3.0)]);
     assert_eq!(bench.host.inspect(&path).unwrap().api_version, "0.1.7");
+}
+
+#[test]
+fn both_versions_of_the_contract_are_served() {
+    let bench = Bench::new();
+    for version in ["0.1.0", "0.2.0"] {
+        let path = bench.file("p", &reward_component_of("well_behaved", version));
+        let seen = bench.host.inspect(&path).unwrap();
+        assert_eq!((seen.world, seen.api_version.as_str()), (World::RewardPlugin, version));
+        let plugin = bench.host.load(&path, &[], quick(), Capabilities::default()).unwrap();
+        assert_eq!(outcomes(&mut plugin.reward("r", "").unwrap(), &["abc"]), [Ok(3.0)]);
+    }
+    // The types of 0.1 under the name of 0.2 are neither.
+    let module = reward_module("well_behaved").replace("@0.1.0", "@0.2.0");
+    let error = load(&bench, &component(&module, &wit().replace("@0.1.0", "@0.2.0"), "reward-plugin"));
+    assert!(matches!(error, PluginError::WrongInterface { .. }), "{error}");
+}
+
+#[test]
+fn an_older_import_serves_a_newer_export() {
+    let bench = Bench::new();
+    let newer = wit_of("0.2.0");
+    let log =
+        "interface log { enum level { trace, debug, info, warn, error } write: func(level: level, message: string); }";
+    let mixed = format!(
+        "{newer}\npackage cosmos:mixed {{ world mixed {{\n import cosmos:plugin/log@0.1.0;\n export cosmos:plugin/metadata@0.2.0;\n export cosmos:plugin/reward@0.2.0;\n }} }}\npackage cosmos:plugin@0.1.0 {{ {log} }}"
+    );
+    let module = reward_module("log_flood").replace("@0.1.0", "@0.2.0");
+    let module = module.replace("cosmos:plugin/log@0.2.0", "cosmos:plugin/log@0.1.0");
+    let bytes = component(&module, &mixed, "cosmos:mixed/mixed");
+    let path = bench.file("mixed", &bytes);
+    let error = bench.host.load(&path, &[], quick(), Capabilities::default()).unwrap_err();
+    assert!(error.to_string().contains("`cosmos:plugin/log@0.1.0`"), "{error}");
+    let plugin = bench.host.load(&path, &[Grant::Log], quick(), Capabilities::default()).unwrap();
+    assert_eq!(outcomes(&mut plugin.reward("r", "").unwrap(), &["abc"]), [Ok(3.0)]);
+}
+
+#[test]
+fn versions_of_the_future_and_of_nobody_are_refused() {
+    let bench = Bench::new();
+    for (version, hint) in [
+        ("0.0.1", "rebuild the plugin"),
+        ("0.3.0", "update the host"),
+        ("1.0.0", "update the host"),
+        ("99.99.99", "update the host"),
+        ("0.1.0-rc.1", "rebuild the plugin"),
+    ] {
+        let module = reward_module("well_behaved").replace("@0.1.0", &format!("@{version}"));
+        let wit = wit().replace("@0.1.0", &format!("@{version}"));
+        let error = load(&bench, &component(&module, &wit, "reward-plugin"));
+        assert!(matches!(error, PluginError::WrongVersion { .. }), "{version}: {error}");
+        assert!(
+            error.to_string().contains(&format!("built against `cosmos:plugin@{version}`, this host serves ")),
+            "{error}"
+        );
+        assert!(error.hint().unwrap().contains(hint), "{version}: {:?}", error.hint());
+    }
 }
 
 #[test]
@@ -125,21 +197,26 @@ fn the_cache_is_hit_repaired_and_refused() {
         // The plugin outlives its host.
         drop(host);
         assert_eq!(outcomes(&mut plugin.reward("r", "").unwrap(), &["abcd"]), [Ok(4.0)]);
+        plugin.load_times()
     };
     let entries = || {
         let mut entries: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
         entries.sort();
         entries
     };
-    load();
+    let times = load();
+    assert!(times.compile_ms.is_some() && times.cached_ms.is_none(), "{times:?}");
     let [entry] = entries().try_into().unwrap();
     let modified = || std::fs::metadata(&entry).unwrap().modified().unwrap();
     let written = modified();
-    load();
+    let times = load();
+    assert!(times.compile_ms.is_none() && times.cached_ms.is_some(), "{times:?}");
     assert_eq!(modified(), written, "the second start compiled again");
 
     let whole = std::fs::read(&entry).unwrap();
     for broken in [vec![], whole[..whole.len() / 2].to_vec(), [&whole[..], b"x"].concat(), vec![b'x'; 5000]] {
+        // A new file each time: the code of a plugin that is just being dropped is still mapped from the old one.
+        std::fs::remove_file(&entry).unwrap();
         std::fs::write(&entry, &broken).unwrap();
         load();
         assert_eq!(std::fs::read(&entry).unwrap(), whole, "a broken entry was not replaced");

@@ -8,16 +8,30 @@ use wit_parser::Resolve;
 
 /// The contract's text.
 pub fn wit() -> String {
-    std::fs::read_to_string(cosmos_testkit::repo_root().join("wit/since-v0.1.0/plugin.wit")).unwrap()
+    wit_of("0.1.0")
+}
+
+/// The contract's text of a version.
+pub fn wit_of(version: &str) -> String {
+    let folder = cosmos_testkit::repo_root().join("wit").join(format!("since-v{version}"));
+    std::fs::read_to_string(folder.join("plugin.wit")).unwrap()
 }
 
 pub fn text(name: &str) -> String {
     std::fs::read_to_string(cosmos_testkit::repo_root().join("tests/guests").join(format!("{name}.wat"))).unwrap()
 }
 
-/// The core module of a hostile reward.
+/// The core module of a hostile reward. An export that the guest brings itself is left out of the shared part.
 pub fn reward_module(name: &str) -> String {
-    format!("(module\n{}\n{}\n)", text(name), text("reward_base"))
+    let guest = text(name);
+    let kept = |part: &&str| {
+        ["(func (export \"cabi_realloc\")", "(func (export \"cabi_post_"]
+            .iter()
+            .all(|export| !(part.contains(export) && guest.contains(export)))
+    };
+    let base = text("reward_base");
+    let base: Vec<&str> = base.split("\n\n").filter(kept).collect();
+    format!("(module\n{guest}\n{}\n)", base.join("\n\n"))
 }
 
 /// A core module in text, with a world of `wit` embedded, as a component.
@@ -35,8 +49,25 @@ pub fn embedded(module: &str, wit: &str, world: &str) -> Vec<u8> {
     bytes
 }
 
+/// A hostile reward built against another version of the contract.
+pub fn reward_component_of(name: &str, version: &str) -> Vec<u8> {
+    // The descriptions differ by a list that is empty here, and the memory behind the older one is zero.
+    let module = reward_module(name).replace("@0.1.0", &format!("@{version}"));
+    component(&module, &wit_of(version), "reward-plugin")
+}
+
 pub fn reward_component(name: &str) -> Vec<u8> {
     component(&reward_module(name), &wit(), "reward-plugin")
+}
+
+/// A reward that opens sockets: the contract's world with those imports.
+pub fn sockets_component() -> Vec<u8> {
+    let sockets = std::fs::read_to_string(cosmos_testkit::repo_root().join("tests/guests/sockets.wit")).unwrap();
+    let imports = ["instance-network", "tcp-create-socket", "tcp", "udp-create-socket", "udp", "ip-name-lookup"]
+        .map(|interface| format!("  import wasi:sockets/{interface}@0.2.0;\n"));
+    let world = "world reward-plugin {\n";
+    let wit = wit().replace(world, &format!("{world}{}", imports.concat())) + &sockets;
+    component(&reward_module("sockets"), &wit, "reward-plugin")
 }
 
 /// Limits that make the tests quick, and still leave a loaded machine some air.

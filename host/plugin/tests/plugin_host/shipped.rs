@@ -49,6 +49,17 @@ fn countdown_gives_examples_and_grades_them() {
 }
 
 #[test]
+fn countdown_checks_its_settings() {
+    let Some(path) = shipped("countdown") else { return };
+    let plugin = countdown(&path);
+    let fits = serde_json::json!({"custom": {"countdown": {"numbers": 4}}});
+    assert_eq!(plugin.check_settings(&fits), []);
+    let problems = plugin.check_settings(&serde_json::json!({"custom": {"countdown": {"numbers": 9, "ops": 3}}}));
+    let paths: Vec<_> = problems.iter().map(|problem| problem.path.as_str()).collect();
+    assert_eq!(paths, ["custom.countdown.numbers", "custom.countdown.ops"], "{problems:?}");
+}
+
+#[test]
 fn every_shipped_plugin_can_be_inspected() {
     let Ok(folder) = std::fs::read_dir(cosmos_testkit::repo_root().join("plugins/dist")) else { return };
     let host = PluginHost::new(None).unwrap();

@@ -8,6 +8,7 @@ fn requests(count: u64) -> Vec<GenerateRequest> {
             prompt: (0..1 + id % 5).map(|i| ((id * 3 + i) % VOCAB as u64) as u32).collect(),
             n: 1 + (id % 4) as usize,
             max_new_tokens: 6 + (id % 3) as usize * 10,
+            ..GenerateRequest::default()
         })
         .collect()
 }
@@ -85,7 +86,8 @@ fn completions_follow_the_model() {
 
 #[test]
 fn completions_of_one_prompt_differ_and_other_seeds_too() {
-    let request = [GenerateRequest { id: 1, prompt: vec![4, 2], n: 4, max_new_tokens: 20 }];
+    let request =
+        [GenerateRequest { id: 1, prompt: vec![4, 2], n: 4, max_new_tokens: 20, ..GenerateRequest::default() }];
     let params = SamplingParams { seed: 1, ..SamplingParams::default() };
     let free = GenerateOptions { stop_ids: Vec::new(), ..options(4) };
     let (all, stats) = run(&request, &params, &free);
@@ -98,9 +100,39 @@ fn completions_of_one_prompt_differ_and_other_seeds_too() {
 }
 
 #[test]
+fn a_later_turn_goes_on_in_its_own_stream() {
+    let params = SamplingParams { seed: 5, ..SamplingParams::default() };
+    let free = GenerateOptions { stop_ids: Vec::new(), ..options(4) };
+    let whole = GenerateRequest { id: 9, prompt: vec![4, 2], n: 3, max_new_tokens: 20, ..GenerateRequest::default() };
+    let (whole, _) = run(&[whole], &params, &free);
+    let rest: Vec<GenerateRequest> = whole
+        .iter()
+        .map(|g| GenerateRequest {
+            id: 9,
+            prompt: [&[4, 2], &g.tokens[..7]].concat(),
+            n: 1,
+            max_new_tokens: 13,
+            first_index: g.index,
+            first_position: 7,
+        })
+        .collect();
+    let (rest, _) = run(&rest, &params, &free);
+    assert_eq!(rest.len(), 3);
+    for (rest, whole) in rest.iter().zip(&whole) {
+        assert_eq!((rest.index, rest.tokens.as_slice()), (whole.index, &whole.tokens[7..]));
+    }
+}
+
+#[test]
 fn uneven_lengths_keep_the_slots_busy() {
     let requests: Vec<GenerateRequest> = (0..40)
-        .map(|id| GenerateRequest { id, prompt: vec![1, 2], n: 1, max_new_tokens: if id % 4 == 0 { 40 } else { 4 } })
+        .map(|id| GenerateRequest {
+            id,
+            prompt: vec![1, 2],
+            n: 1,
+            max_new_tokens: if id % 4 == 0 { 40 } else { 4 },
+            ..GenerateRequest::default()
+        })
         .collect();
     let free = GenerateOptions { stop_ids: Vec::new(), ..options(4) };
     let (_, stats) = run(&requests, &SamplingParams::default(), &free);
@@ -113,7 +145,13 @@ fn uneven_lengths_keep_the_slots_busy() {
 #[test]
 fn many_slots_wait_a_little_to_share_prompts() {
     let requests: Vec<GenerateRequest> = (0..64)
-        .map(|id| GenerateRequest { id, prompt: vec![1; 30], n: 4, max_new_tokens: 4 + (id % 7) as usize })
+        .map(|id| GenerateRequest {
+            id,
+            prompt: vec![1; 30],
+            n: 4,
+            max_new_tokens: 4 + (id % 7) as usize,
+            ..GenerateRequest::default()
+        })
         .collect();
     let (_, stats) = run(&requests, &SamplingParams::default(), &options(64));
     assert!(stats.prompt_tokens < 64 * 30 * 2, "{} prompt tokens", stats.prompt_tokens);
@@ -133,14 +171,15 @@ fn stops_early_when_told() {
 
 #[test]
 fn the_context_limit_ends_a_completion() {
-    let request = [GenerateRequest { id: 1, prompt: vec![1; 60], n: 2, max_new_tokens: 100 }];
+    let request =
+        [GenerateRequest { id: 1, prompt: vec![1; 60], n: 2, max_new_tokens: 100, ..GenerateRequest::default() }];
     let (all, _) = run(&request, &SamplingParams::default(), &GenerateOptions { stop_ids: Vec::new(), ..options(2) });
     assert!(all.iter().all(|g| g.tokens.len() == 4 && g.finish == FinishReason::Context));
 }
 
 #[test]
 fn what_cannot_be_served_is_refused_by_name() {
-    let good = GenerateRequest { id: 77, prompt: vec![1, 2], n: 1, max_new_tokens: 4 };
+    let good = GenerateRequest { id: 77, prompt: vec![1, 2], n: 1, max_new_tokens: 4, ..GenerateRequest::default() };
     let fails = |request: GenerateRequest, options: GenerateOptions| {
         let params = SamplingParams::default();
         let error = generate(&mut FakeModel::new(), &[request], &params, &options, &mut |_| ControlFlow::Continue(()))
@@ -166,7 +205,7 @@ fn what_cannot_be_served_is_refused_by_name() {
 #[test]
 fn nothing_to_do_is_fine() {
     let (all, stats) = run(
-        &[GenerateRequest { id: 1, prompt: vec![1], n: 0, max_new_tokens: 1 }],
+        &[GenerateRequest { id: 1, prompt: vec![1], n: 0, max_new_tokens: 1, ..GenerateRequest::default() }],
         &SamplingParams::default(),
         &options(2),
     );

@@ -1,0 +1,443 @@
+//! The native CPU engine: hand-written kernels ([`cosmos_kernels`]) on packed weights, forward and backward, and paged
+//! keys and values. `burn:flex` computes the same and is what its results are held against.
+//!
+//! Tiles run side by side, one thread each, when there are enough of them; otherwise each kernel spreads over the threads.
+//! Neither changes a result.
+
+use std::cell::RefCell;
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use cosmos_kernels::gemm::{Left, Packed, Right, Shape, gemm};
+use cosmos_kernels::page::{Page, attend};
+use cosmos_kernels::{Isa, rows, threads};
+use rayon::prelude::*;
+
+use crate::block::{BackwardTile, BlockEngine, DecodeRow};
+use crate::model::{Model, ModelConfig};
+use crate::rope::Rope;
+use crate::walker::Transformer;
+use crate::{EngineError, Result, weights};
+
+mod arena;
+mod cache;
+mod layout;
+mod network;
+use arena::Buffer;
+use cache::{Cache, Pool};
+use layout::{CpuBlock, Layout};
+use network::{Run, Saved, Turns};
+
+/// Tokens of a tile: the products' matrices are large enough, and the activations stay near the core.
+const TILE_TOKENS: usize = 512;
+/// Logits that a chunk holds where they fit the shared cache.
+const HEAD_CACHE_BYTES: usize = 8 << 20;
+/// Rows of a chunk below which the head's weights would be read for too few rows.
+const HEAD_ROWS_MIN: usize = 96;
+/// Largest chunk of logits.
+const HEAD_BYTES_MAX: usize = 64 << 20;
+/// Keys and values may take this part of the memory that was available when the engine started.
+const KV_SHARE: f64 = 0.5;
+/// Taken as available where the system does not say.
+const MEMORY_BYTES_ASSUMED: usize = 8 << 30;
+/// Single tokens are spread over the threads when they read more than this many numbers.
+const ATTEND_SPREAD: usize = 1 << 18;
+
+/// A model on the CPU from a Hugging Face folder.
+pub fn load(folder: &Path) -> Result<Box<dyn Model>> {
+    let engine = CpuEngine::new(ModelConfig::from_folder(folder)?);
+    let values = weights::read(folder, &engine.config)?;
+    Ok(Box::new(Transformer::new(engine, values)?))
+}
+
+/// A model on the CPU with fresh weights from `seed`.
+pub fn random(config: &ModelConfig, seed: u64) -> Result<Box<dyn Model>> {
+    config.check().map_err(|message| EngineError::invalid(message, ""))?;
+    let values = weights::random(config, seed);
+    Ok(Box::new(Transformer::new(CpuEngine::new(config.clone()), values)?))
+}
+
+/// The CPU.
+pub struct CpuEngine {
+    config: ModelConfig,
+    layout: Layout,
+    isa: Isa,
+    rope: Rope,
+    turns: RwLock<Arc<Turns>>,
+    pool: Arc<Pool>,
+}
+
+impl CpuEngine {
+    /// The engine for models of this architecture.
+    pub fn new(config: ModelConfig) -> Self {
+        Self::with_kv_bytes(config, (available_bytes() as f64 * KV_SHARE) as usize)
+    }
+
+    /// As [`CpuEngine::new`], with at most `kv_bytes_max` of keys and values.
+    pub fn with_kv_bytes(config: ModelConfig, kv_bytes_max: usize) -> Self {
+        let layout = Layout::of(&config);
+        Self {
+            rope: Rope::new(&config),
+            isa: Isa::best(),
+            turns: RwLock::new(Arc::new(Turns { cos: Vec::new(), sin: Vec::new() })),
+            pool: Pool::new(layout.heads, kv_bytes_max),
+            layout,
+            config,
+        }
+    }
+
+    fn run<'a>(&'a self, block: &'a CpuBlock) -> Run<'a> {
+        Run { isa: self.isa, layout: &self.layout, block }
+    }
+
+    fn norm_row(&self, norm: &[f32], x: &[f32], y: &mut [f32]) {
+        rows::rms_norm(self.isa, x, norm.len(), 1, norm, self.layout.eps, y, norm.len());
+    }
+}
+
+/// Memory that the system can give without swapping.
+fn available_bytes() -> usize {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<usize>().ok());
+    kib.map_or(MEMORY_BYTES_ASSUMED, |kib| kib.saturating_mul(1024))
+}
+
+impl BlockEngine for CpuEngine {
+    type Tensor = Arc<Buffer>;
+    type Table = Packed;
+    type Block = CpuBlock;
+    type Norm = Vec<f32>;
+    type Geometry = Arc<Turns>;
+    type Saved = Saved;
+    type Kv = Cache;
+
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn tile_tokens(&self) -> usize {
+        TILE_TOKENS
+    }
+
+    fn lanes(&self) -> usize {
+        rayon::current_num_threads().max(1)
+    }
+
+    fn run_lanes<R: Send>(&self, count: usize, work: &(dyn Fn(usize) -> R + Sync)) -> Vec<R> {
+        if count < self.lanes() {
+            // On a thread of the pool, where spreading a kernel costs a fraction of what it costs from outside.
+            return rayon::scope(|_| (0..count).map(work).collect());
+        }
+        (0..count).into_par_iter().with_max_len(1).map(|index| threads::serial(|| work(index))).collect()
+    }
+
+    fn head_chunk_rows(&self) -> usize {
+        let row = 4 * self.config.vocab_size;
+        (HEAD_CACHE_BYTES / row).max(HEAD_ROWS_MIN).min(HEAD_BYTES_MAX / row).max(1)
+    }
+
+    fn table(&self, values: &[f32]) -> Packed {
+        Packed::transposed(self.isa, values, self.config.vocab_size, self.config.hidden_size)
+    }
+
+    fn embedding(&self, values: &[f32]) -> Packed {
+        // Embedding reads the master values; only a head needs panels.
+        if self.config.tie_word_embeddings { self.table(values) } else { Packed::default() }
+    }
+
+    fn refresh_table(&self, table: &mut Packed, values: &[f32]) {
+        if table.n() > 0 {
+            let (h, v) = (self.config.hidden_size, self.config.vocab_size);
+            table.set_transposed(self.isa, values, h, v, h);
+        }
+    }
+
+    fn block(&self, flat: &[f32]) -> CpuBlock {
+        let mut block = CpuBlock::default();
+        block.set(self.isa, &self.layout, flat);
+        block
+    }
+
+    fn refresh_block(&self, block: &mut CpuBlock, flat: &[f32]) {
+        block.set(self.isa, &self.layout, flat);
+    }
+
+    fn norm(&self, values: &[f32]) -> Vec<f32> {
+        values.to_vec()
+    }
+
+    fn geometry(&self, t: usize) -> Arc<Turns> {
+        let half = self.config.head_dim / 2;
+        let known = self.turns.read().unwrap_or_else(PoisonError::into_inner).clone();
+        if known.cos.len() >= t * half {
+            return known;
+        }
+        let positions: Vec<usize> = (0..t.next_power_of_two()).collect();
+        let (cos, sin) = self.rope.tables(&positions);
+        // Both halves of a head turn alike.
+        let first = |table: Vec<f32>| table.chunks_exact(2 * half).flat_map(|row| row[..half].to_vec()).collect();
+        let turns = Arc::new(Turns { cos: first(cos), sin: first(sin) });
+        let mut known = self.turns.write().unwrap_or_else(PoisonError::into_inner);
+        if known.cos.len() < turns.cos.len() {
+            known.clone_from(&turns);
+        }
+        turns
+    }
+
+    fn embed(&self, _table: &Packed, values: &[f32], ids: &[u32]) -> Arc<Buffer> {
+        let h = self.config.hidden_size;
+        let mut x = Buffer::dirty(ids.len() * h);
+        for (row, id) in x.chunks_exact_mut(h).zip(ids) {
+            row.copy_from_slice(&values[*id as usize * h..][..h]);
+        }
+        Arc::new(x)
+    }
+
+    fn embed_vjp(&self, ids: &[u32], dy: Arc<Buffer>, grads: &mut [f32]) -> Result<()> {
+        let h = self.config.hidden_size;
+        for (id, dy) in ids.iter().zip(dy.chunks_exact(h)) {
+            rows::add(self.isa, &mut grads[*id as usize * h..][..h], dy);
+        }
+        Ok(())
+    }
+
+    fn block_forward(&self, block: &CpuBlock, turns: &Arc<Turns>, b: usize, x: Arc<Buffer>) -> Arc<Buffer> {
+        Arc::new(self.run(block).forward(turns, b, x).0)
+    }
+
+    fn saved_bytes(&self) -> usize {
+        4 * self.config.kept_width()
+    }
+
+    fn block_forward_keep(
+        &self,
+        block: &CpuBlock,
+        turns: &Arc<Turns>,
+        b: usize,
+        x: Arc<Buffer>,
+        whole: bool,
+    ) -> (Arc<Buffer>, Saved) {
+        let input = x.clone();
+        let (y, found) = self.run(block).forward(turns, b, x);
+        (Arc::new(y), if whole { Saved::Whole(Box::new(found)) } else { Saved::Input(input) })
+    }
+
+    fn block_backward(
+        &self,
+        block: &CpuBlock,
+        params: &[f32],
+        tiles: Vec<BackwardTile<Self>>,
+        grads: &mut [f32],
+    ) -> Result<Vec<Arc<Buffer>>> {
+        let mut dx = Vec::with_capacity(tiles.len());
+        let mut tiles = tiles.into_iter();
+        // A few tiles at a time: what their matrices' gradients need is held until those are taken.
+        let wave = 2 * self.lanes();
+        loop {
+            let part: Vec<_> = tiles.by_ref().take(wave).map(|tile| std::sync::Mutex::new(Some(tile))).collect();
+            if part.is_empty() {
+                return Ok(dx);
+            }
+            let found = self.run_lanes(part.len(), &|index| {
+                // Taken out, so that what backward has read is freed as it goes.
+                let tile = part[index].lock().unwrap_or_else(PoisonError::into_inner).take();
+                tile.map(|tile| self.run(block).backward(params, &tile.geometry, tile.b, tile.saved, tile.dy))
+            });
+            for pending in found.into_iter().flatten() {
+                dx.push(Arc::new(pending.add_to(self.isa, &self.layout, grads)));
+            }
+        }
+    }
+
+    fn final_norm(&self, norm: &Vec<f32>, x: Arc<Buffer>, rows: &[u32]) -> Result<Vec<f32>> {
+        let h = norm.len();
+        let mut y = vec![0.0; rows.len() * h];
+        for (row, y) in rows.iter().zip(y.chunks_exact_mut(h)) {
+            self.norm_row(norm, &x[*row as usize * h..][..h], y);
+        }
+        Ok(y)
+    }
+
+    fn final_norm_vjp(
+        &self,
+        norm: &Vec<f32>,
+        x: Arc<Buffer>,
+        rows: &[u32],
+        dy_rh: Vec<f32>,
+    ) -> Result<(Arc<Buffer>, Vec<f32>)> {
+        let h = norm.len();
+        let (mut dx, mut dnorm) = (Buffer::zeros(x.len()), vec![0.0; h]);
+        for (row, dy) in rows.iter().zip(dy_rh.chunks_exact(h)) {
+            let at = *row as usize * h..(*row as usize + 1) * h;
+            let (x, dx) = (&x[at.clone()], &mut dx[at]);
+            rows::rms_norm_vjp(self.isa, x, h, 1, norm, self.layout.eps, dy, h, dx, h, true, &mut dnorm);
+        }
+        Ok((Arc::new(dx), dnorm))
+    }
+
+    fn head(&self, table: &Packed, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {
+        let (h, v) = (self.config.hidden_size, self.config.vocab_size);
+        let m = hidden_rh.len() / h;
+        // Every number is overwritten, so the old ones may stay.
+        out.resize(m * v, 0.0);
+        gemm(self.isa, Shape { m, n: v, k: h }, Left::Rows(hidden_rh, h), Right::Packed(table), out, v, false);
+        Ok(())
+    }
+
+    fn head_vjp(
+        &self,
+        _table: &Packed,
+        values: &[f32],
+        hidden_rh: &[f32],
+        dlogits_rv: &[f32],
+        grads: &mut [f32],
+    ) -> Result<Vec<f32>> {
+        let (h, v) = (self.config.hidden_size, self.config.vocab_size);
+        let m = hidden_rh.len() / h;
+        let mut dhidden = vec![0.0; m * h];
+        let back = Shape { m, n: h, k: v };
+        gemm(self.isa, back, Left::Rows(dlogits_rv, v), Right::Rows(values, h), &mut dhidden, h, false);
+        let gather = Shape { m: v, n: h, k: m };
+        gemm(self.isa, gather, Left::Columns(dlogits_rv, v), Right::Rows(hidden_rh, h), grads, h, true);
+        Ok(dhidden)
+    }
+
+    fn kv(&self, _capacity: usize) -> Cache {
+        Cache::new(self.pool.clone())
+    }
+
+    fn kv_clear(&self, kv: &mut Cache) {
+        kv.clear();
+    }
+
+    fn kv_copy(&self, from: &Cache, to: &mut Cache) {
+        to.share(from);
+    }
+
+    fn kv_tokens_max(&self) -> usize {
+        self.pool.tokens_max() / self.config.num_hidden_layers
+    }
+
+    fn kv_end(&self) {
+        self.pool.trim();
+    }
+
+    fn decode_rows(&self, rows: usize) -> usize {
+        // Every kernel's row is the same in any company.
+        rows
+    }
+
+    fn block_decode(
+        &self,
+        block: &CpuBlock,
+        kv: &mut [Cache],
+        rows: &[DecodeRow],
+        x: Arc<Buffer>,
+    ) -> Result<Arc<Buffer>> {
+        thread_local! {
+            /// Held while one token is attended to, which stays on its thread.
+            static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+        }
+        let run = self.run(block);
+        let heads = self.layout.heads;
+        let (row_width, width) = (heads.row(), heads.width());
+        let longest = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
+        let turns = self.geometry(longest);
+        let raw = run.project(&block.qkv, &run.norm(&x, &block.input_norm));
+        let qkv = run.turned(&raw, &turns, |index| rows[index].position);
+        for (row, qkv) in rows.iter().zip(qkv.chunks_exact(row_width)) {
+            let kv = &mut kv[row.slot];
+            if kv.len() != row.position {
+                return Err(EngineError::invalid(
+                    format!("slot {} holds {} tokens, token {} cannot follow", row.slot, kv.len(), row.position),
+                    "",
+                ));
+            }
+            let (keys, values) = qkv[width..].split_at(heads.kv_heads * heads.dim);
+            kv.push(keys, values)?;
+        }
+        let kv = &*kv;
+        let mut mixed = Buffer::dirty(rows.len() * width);
+        let read: usize = rows.iter().map(|row| row.position).sum::<usize>() * width;
+        let each = rows.len().div_ceil(8 * self.lanes()).max(1);
+        threads::each_part(&mut mixed, each * width, read > ATTEND_SPREAD, |part, mixed| {
+            let mut pages: Vec<&Page> = Vec::new();
+            for (index, out) in mixed.chunks_exact_mut(width).enumerate() {
+                let index = part * each + index;
+                let row = rows[index];
+                pages.clear();
+                pages.extend(kv[row.slot].pages());
+                let queries = &qkv[index * row_width..][..width];
+                SCORES.with_borrow_mut(|scores| {
+                    attend(self.isa, heads, &pages, row.position + 1, queries, scores, out);
+                });
+            }
+        });
+        let z = run.add_projected(&block.o, &mixed, &x);
+        Ok(Arc::new(run.feed_forward(&z).0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::ControlFlow;
+
+    use super::*;
+    use crate::generate::{GenerateOptions, GenerateRequest, SamplingParams, generate};
+
+    fn config() -> ModelConfig {
+        let text = r#"{"model_type": "qwen3", "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+            "max_position_embeddings": 4096, "initializer_range": 0.3}"#;
+        ModelConfig::from_json(text, Path::new("config.json")).unwrap()
+    }
+
+    /// Completions of twelve prompts, three each, with room for `tokens` tokens.
+    fn run(tokens: usize, new_tokens: usize) -> Result<Vec<(u64, usize, Vec<u32>)>> {
+        let config = config();
+        let heads = Layout::of(&config).heads;
+        let bytes = tokens / cosmos_kernels::page::PAGE_TOKENS * config.num_hidden_layers * Page::bytes(heads);
+        let values = weights::random(&config, 5);
+        let mut model = Transformer::new(CpuEngine::with_kv_bytes(config, bytes), values)?;
+        let requests: Vec<GenerateRequest> = (0..12)
+            .map(|id| GenerateRequest {
+                id,
+                prompt: vec![id as u32, 7, 9],
+                n: 3,
+                max_new_tokens: new_tokens,
+                ..GenerateRequest::default()
+            })
+            .collect();
+        let options = GenerateOptions { slots: 24, ..GenerateOptions::default() };
+        let mut all = Vec::new();
+        generate(&mut model, &requests, &SamplingParams::default(), &options, &mut |done| {
+            all.push((done.id, done.index, done.tokens));
+            ControlFlow::Continue(())
+        })?;
+        all.sort();
+        Ok(all)
+    }
+
+    #[test]
+    fn what_is_kept_is_what_is_counted() {
+        let config = config();
+        let engine = CpuEngine::new(config.clone());
+        let flat = weights::random(&config, 1)[1..=config.block_params(0).len()].concat();
+        let (block, n) = (engine.block(&flat), 12);
+        let x = Arc::new(Buffer::zeros(n * config.hidden_size));
+        let (_, whole) = engine.run(&block).forward(&engine.geometry(6), 2, x);
+        assert_eq!(whole.kept(), n * config.kept_width());
+    }
+
+    #[test]
+    fn sequences_wait_for_memory() {
+        let all = run(1 << 16, 100).unwrap();
+        assert_eq!(all.len(), 36);
+        // Three of them fit at a time.
+        assert_eq!(run(3 * 192, 100).unwrap(), all);
+        // A single one that does not fit is refused with a way out.
+        let error = run(64, 100).unwrap_err();
+        assert!(error.to_string().contains("MiB") && error.hint().is_some(), "{error}");
+    }
+}

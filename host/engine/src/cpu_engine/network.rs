@@ -1,0 +1,340 @@
+//! One block of Qwen2, Qwen3 and Llama, forward and backward, over a tile of rows. Activations are `[n, width]`.
+//!
+//! Forward:
+//! ```text
+//! x̂ = norm(x)                       raw = x̂·Wᵀ_qkv + b_qkv
+//! (q, k, v) = (turn(norm_q(raw_q))/√d, turn(norm_k(raw_k)), raw_v)
+//! m, ℓ = attention(q, k, v)          z = x + m·Wᵀ_o + b_o
+//! ẑ = norm(z)                       (g, u) = ẑ·Wᵀ_gu + b_gu
+//! a = g·σ(g)·u                      y = z + a·Wᵀ_d + b_d
+//! ```
+//! Backward, from `dy`, each line the transpose of one above, last first. A product `y = x·Wᵀ + b` gives `dx = dy·W`,
+//! `dW = dyᵀ·x`, `db = ∑ rows of dy`:
+//! ```text
+//! da = dy·W_d                       dW_d = dyᵀ·a
+//! (dg, du) = swiglu′(g, u; da)      (the formula stands at `swiglu_vjp`)
+//! dẑ = (dg, du)·W_gu                dW_gu = (dg, du)ᵀ·ẑ
+//! dz = dy + norm′(z; dẑ)            (both ways into z: the residual and the norm)
+//! dm = dz·W_o                       dW_o = dzᵀ·m
+//! (dq, dk, dv) = attention′(dm)     (the derivation stands at the kernel)
+//! draw_q = norm_q′(turn⁻¹(dq)/√d)   likewise k; draw_v = dv
+//! dx̂ = draw·W_qkv                   dW_qkv = drawᵀ·x̂
+//! dx = dz + norm′(x; dx̂)
+//! ```
+//! What is cheap (norms, rotations, SwiGLU) is computed again, what is a product or an attention is kept ([`Saved`]) where
+//! memory allows. Weight gradients are taken afterwards, all threads on one matrix, so that they are added in place in
+//! the order of the tiles.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use cosmos_kernels::gemm::{Left, Right, Shape, gemm};
+use cosmos_kernels::{Isa, attention, rows};
+
+use super::arena::Buffer;
+use super::layout::{CpuBlock, Layout, Linear};
+
+/// Cosines and sines of positions from 0, `[position, dim / 2]`.
+#[derive(Debug)]
+pub struct Turns {
+    pub(super) cos: Vec<f32>,
+    pub(super) sin: Vec<f32>,
+}
+
+impl Turns {
+    /// Those of one position.
+    fn at(&self, position: usize, half: usize) -> (&[f32], &[f32]) {
+        let row = position * half..(position + 1) * half;
+        (&self.cos[row.clone()], &self.sin[row])
+    }
+}
+
+/// What backward needs of a forward.
+pub enum Saved {
+    /// The block's input: backward runs forward again.
+    Input(Arc<Buffer>),
+    /// Everything that costs a product.
+    Whole(Box<Whole>),
+}
+
+/// What a block's forward computes with products.
+pub struct Whole {
+    /// The block's input.
+    x: Arc<Buffer>,
+    /// Queries, keys and values before norm and rotation.
+    raw: Buffer,
+    /// What the attention gave.
+    mixed: Buffer,
+    /// Logs of its sums.
+    log_sums: Buffer,
+    /// The residual stream after the attention.
+    z: Buffer,
+    /// Gate and up.
+    gate_up: Buffer,
+}
+
+impl Whole {
+    /// Numbers held beside the input.
+    #[cfg(test)]
+    pub(super) fn kept(&self) -> usize {
+        [&self.raw, &self.mixed, &self.log_sums, &self.z, &self.gate_up].map(|buffer| buffer.len()).iter().sum()
+    }
+}
+
+/// A block and what it runs with.
+pub(super) struct Run<'a> {
+    pub isa: Isa,
+    pub layout: &'a Layout,
+    pub block: &'a CpuBlock,
+}
+
+impl Run<'_> {
+    /// `x · Wᵀ + b` for rows as wide as W's.
+    pub fn project(&self, linear: &Linear, x: &[f32]) -> Buffer {
+        let (n, k) = (linear.weight.n(), linear.weight.k());
+        let m = x.len() / k;
+        let mut y = Buffer::dirty(m * n);
+        if let Some(bias) = &linear.bias {
+            y.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(bias));
+        }
+        let add = linear.bias.is_some();
+        gemm(self.isa, Shape { m, n, k }, Left::Rows(x, k), Right::Packed(&linear.weight), &mut y, n, add);
+        y
+    }
+
+    /// `stream + x · Wᵀ + b`.
+    pub fn add_projected(&self, linear: &Linear, x: &[f32], stream: &[f32]) -> Buffer {
+        let (n, k) = (linear.weight.n(), linear.weight.k());
+        let mut y = Buffer::of(stream);
+        if let Some(bias) = &linear.bias {
+            y.chunks_exact_mut(n).for_each(|row| rows::add(self.isa, row, bias));
+        }
+        let shape = Shape { m: x.len() / k, n, k };
+        gemm(self.isa, shape, Left::Rows(x, k), Right::Packed(&linear.weight), &mut y, n, true);
+        y
+    }
+
+    pub fn norm(&self, x: &[f32], weight: &[f32]) -> Buffer {
+        let (mut y, width) = (Buffer::dirty(x.len()), weight.len());
+        rows::rms_norm(self.isa, x, width, 1, weight, self.layout.eps, &mut y, width);
+        y
+    }
+
+    /// Queries (scaled), keys and values as the attention wants them; `position` gives each row's.
+    pub fn turned(&self, raw: &[f32], turns: &Turns, position: impl Fn(usize) -> usize) -> Buffer {
+        let heads = self.layout.heads;
+        let (row, width, dim, half) = (heads.row(), heads.width(), heads.dim, heads.dim / 2);
+        let keys = width..width + heads.kv_heads * dim;
+        let mut qkv = Buffer::of(raw);
+        let scale = 1.0 / (dim as f32).sqrt();
+        for (index, (qkv, raw)) in qkv.chunks_exact_mut(row).zip(raw.chunks_exact(row)).enumerate() {
+            if let Some((q_norm, k_norm)) = &self.block.qk_norms {
+                let eps = self.layout.eps;
+                rows::rms_norm(self.isa, raw, row, heads.heads, q_norm, eps, qkv, row);
+                rows::rms_norm(
+                    self.isa,
+                    &raw[keys.clone()],
+                    row,
+                    heads.kv_heads,
+                    k_norm,
+                    eps,
+                    &mut qkv[keys.clone()],
+                    row,
+                );
+            }
+            let (cos, sin) = turns.at(position(index), half);
+            rows::rotate(self.isa, qkv, heads.heads, cos, sin, 1.0, scale);
+            rows::rotate(self.isa, &mut qkv[keys.clone()], heads.kv_heads, cos, sin, 1.0, 1.0);
+        }
+        qkv
+    }
+
+    /// The second half of the block: from the stream after the attention to the block's output, and gate and up.
+    pub fn feed_forward(&self, z: &[f32]) -> (Buffer, Buffer) {
+        let gate_up = self.project(&self.block.gate_up, &self.norm(z, &self.block.post_norm));
+        let mut inner = Buffer::dirty(gate_up.len() / 2);
+        rows::swiglu(self.isa, &gate_up, self.layout.inner, &mut inner);
+        (self.add_projected(&self.block.down, &inner, z), gate_up)
+    }
+
+    /// The block over `b` sequences.
+    pub fn forward(&self, turns: &Turns, b: usize, x: Arc<Buffer>) -> (Buffer, Whole) {
+        let heads = self.layout.heads;
+        let n = x.len() / self.layout.hidden;
+        let t = n / b;
+        let raw = self.project(&self.block.qkv, &self.norm(&x, &self.block.input_norm));
+        let qkv = self.turned(&raw, turns, |row| row % t);
+        let (mut mixed, mut log_sums) = (Buffer::dirty(n * heads.width()), Buffer::dirty(n * heads.heads));
+        attention::forward(self.isa, heads, b, t, &qkv, &mut mixed, &mut log_sums);
+        drop(qkv);
+        let z = self.add_projected(&self.block.o, &mixed, &x);
+        let (y, gate_up) = self.feed_forward(&z);
+        (y, Whole { x, raw, mixed, log_sums, z, gate_up })
+    }
+
+    /// `dy · W` for a weight `[n, k]` of the flat buffer.
+    fn back(&self, dy: &[f32], weight: &[f32], n: usize, k: usize) -> Buffer {
+        let m = dy.len() / n;
+        let mut dx = Buffer::dirty(m * k);
+        gemm(self.isa, Shape { m, n: k, k: n }, Left::Rows(dy, n), Right::Rows(weight, k), &mut dx, k, false);
+        dx
+    }
+
+    /// Backward over one tile, without the gradients of matrices.
+    pub fn backward(&self, params: &[f32], turns: &Turns, b: usize, saved: Saved, dy: Arc<Buffer>) -> Pending {
+        let layout = self.layout;
+        let (h, f, heads) = (layout.hidden, layout.inner, layout.heads);
+        let Whole { x, raw, mixed, log_sums, z, gate_up } = match saved {
+            Saved::Input(x) => self.forward(turns, b, x).1,
+            Saved::Whole(whole) => *whole,
+        };
+        let weight = |range: &Range<usize>| &params[range.clone()];
+        let t = z.len() / h / b;
+
+        let mut inner = self.back(&dy, weight(&layout.down), h, f);
+        let mut dgate_up = Buffer::dirty(gate_up.len());
+        rows::swiglu_vjp(self.isa, &gate_up, f, &mut inner, &mut dgate_up);
+        drop(gate_up);
+        let dz_normed = self.back(&dgate_up, weight(&layout.gate_up), 2 * f, h);
+        let mut dz = Buffer::of(&dy);
+        let mut dpost_norm = vec![0.0; h];
+        let post_norm = &self.block.post_norm;
+        rows::rms_norm_vjp(self.isa, &z, h, 1, post_norm, layout.eps, &dz_normed, h, &mut dz, h, true, &mut dpost_norm);
+        drop(dz_normed);
+        let z_normed = self.norm(&z, post_norm);
+        drop(z);
+
+        let dmixed = self.back(&dz, weight(&layout.o), h, heads.width());
+        let qkv = self.turned(&raw, turns, |row| row % t);
+        let mut dqkv = Buffer::dirty(raw.len());
+        attention::backward(self.isa, heads, b, t, &qkv, &mixed, &log_sums, &dmixed, &mut dqkv);
+        drop((qkv, dmixed));
+        let (draw, dqk_norms) = self.turned_vjp(&raw, dqkv, turns, t);
+        drop(raw);
+        let dx_normed = self.back(&draw, weight(&layout.qkv), heads.row(), h);
+        let mut dx = Buffer::of(&dz);
+        let mut dinput_norm = vec![0.0; h];
+        let input_norm = &self.block.input_norm;
+        rows::rms_norm_vjp(
+            self.isa,
+            &x,
+            h,
+            1,
+            input_norm,
+            layout.eps,
+            &dx_normed,
+            h,
+            &mut dx,
+            h,
+            true,
+            &mut dinput_norm,
+        );
+        let x_normed = self.norm(&x, input_norm);
+        Pending { dx, dy, inner, dgate_up, z_normed, dz, mixed, draw, x_normed, dinput_norm, dpost_norm, dqk_norms }
+    }
+
+    /// Backward of [`Run::turned`]: the gradient at `raw`, and at the norms of queries and keys.
+    fn turned_vjp(
+        &self,
+        raw: &[f32],
+        mut dqkv: Buffer,
+        turns: &Turns,
+        t: usize,
+    ) -> (Buffer, Option<(Vec<f32>, Vec<f32>)>) {
+        let heads = self.layout.heads;
+        let (row, width, dim, half) = (heads.row(), heads.width(), heads.dim, heads.dim / 2);
+        let keys = width..width + heads.kv_heads * dim;
+        let scale = 1.0 / (dim as f32).sqrt();
+        for (index, dqkv) in dqkv.chunks_exact_mut(row).enumerate() {
+            let (cos, sin) = turns.at(index % t, half);
+            rows::rotate(self.isa, dqkv, heads.heads, cos, sin, -1.0, scale);
+            rows::rotate(self.isa, &mut dqkv[keys.clone()], heads.kv_heads, cos, sin, -1.0, 1.0);
+        }
+        let Some((q_norm, k_norm)) = &self.block.qk_norms else { return (dqkv, None) };
+        let mut draw = Buffer::of(&dqkv);
+        let (mut dq_norm, mut dk_norm) = (vec![0.0; dim], vec![0.0; dim]);
+        let eps = self.layout.eps;
+        rows::rms_norm_vjp(
+            self.isa,
+            raw,
+            row,
+            heads.heads,
+            q_norm,
+            eps,
+            &dqkv,
+            row,
+            &mut draw,
+            row,
+            false,
+            &mut dq_norm,
+        );
+        for ((raw, dqkv), draw) in raw.chunks_exact(row).zip(dqkv.chunks_exact(row)).zip(draw.chunks_exact_mut(row)) {
+            let (raw, dqkv, draw) = (&raw[keys.clone()], &dqkv[keys.clone()], &mut draw[keys.clone()]);
+            let stride = keys.len();
+            rows::rms_norm_vjp(
+                self.isa,
+                raw,
+                stride,
+                heads.kv_heads,
+                k_norm,
+                eps,
+                dqkv,
+                stride,
+                draw,
+                stride,
+                false,
+                &mut dk_norm,
+            );
+        }
+        (draw, Some((dq_norm, dk_norm)))
+    }
+}
+
+/// A tile's backward with the gradients of its matrices still to be taken: both factors of each.
+pub(super) struct Pending {
+    pub dx: Buffer,
+    dy: Arc<Buffer>,
+    inner: Buffer,
+    dgate_up: Buffer,
+    z_normed: Buffer,
+    dz: Buffer,
+    mixed: Buffer,
+    draw: Buffer,
+    x_normed: Buffer,
+    dinput_norm: Vec<f32>,
+    dpost_norm: Vec<f32>,
+    dqk_norms: Option<(Vec<f32>, Vec<f32>)>,
+}
+
+impl Pending {
+    /// Adds this tile's gradients of a block's parameters to `grads` and gives the gradient at its input.
+    pub fn add_to(self, isa: Isa, layout: &Layout, grads: &mut [f32]) -> Buffer {
+        let (h, f, width) = (layout.hidden, layout.inner, layout.heads.width());
+        let mut matrix = |range: &Range<usize>, dy: &[f32], x: &[f32], n: usize, k: usize| {
+            let shape = Shape { m: n, n: k, k: dy.len() / n };
+            gemm(isa, shape, Left::Columns(dy, n), Right::Rows(x, k), &mut grads[range.clone()], k, true);
+        };
+        matrix(&layout.qkv, &self.draw, &self.x_normed, layout.heads.row(), h);
+        matrix(&layout.o, &self.dz, &self.mixed, h, width);
+        matrix(&layout.gate_up, &self.dgate_up, &self.z_normed, 2 * f, h);
+        matrix(&layout.down, &self.dy, &self.inner, h, f);
+        let biases = [
+            (&layout.qkv_bias, &*self.draw),
+            (&layout.o_bias, &*self.dz),
+            (&layout.gate_up_bias, &*self.dgate_up),
+            (&layout.down_bias, &**self.dy),
+        ];
+        for (range, dy) in biases {
+            if let Some(range) = range {
+                rows::add_rows(isa, dy, &mut grads[range.clone()]);
+            }
+        }
+        rows::add(isa, &mut grads[layout.input_norm.clone()], &self.dinput_norm);
+        rows::add(isa, &mut grads[layout.post_norm.clone()], &self.dpost_norm);
+        if let (Some((q, k)), Some((dq, dk))) = (&layout.qk_norms, &self.dqk_norms) {
+            rows::add(isa, &mut grads[q.clone()], dq);
+            rows::add(isa, &mut grads[k.clone()], dk);
+        }
+        self.dx
+    }
+}

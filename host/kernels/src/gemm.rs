@@ -1,0 +1,577 @@
+//! Matrix products `C = A · B` and `C += A · B` in f32.
+//!
+//! B is read in *panels*: [`panel_width`] columns side by side, row after row, so that a product streams it from front
+//! to back. Weights are put into panels once ([`Packed`]); other matrices piece by piece as the product goes. A's rows are
+//! copied a few at a time, column after column. A micro-tile keeps a block of C in registers while it walks down k.
+//!
+//! Every number of C is the same sequence of fused multiply-adds whatever the number of rows, columns or threads: along
+//! k in blocks of [`K_BLOCK`], each summed in order, the blocks added in order.
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use crate::Isa;
+use crate::isa::Kind;
+use crate::simd::{Simd, dispatched};
+use crate::threads;
+
+/// Rows of B per pass: a panel of them stays in the first cache.
+pub const K_BLOCK: usize = 256;
+/// Rows of A that are copied at a time: with [`K_BLOCK`] columns they stay in the second cache. A multiple of every
+/// micro-tile's rows.
+const ROW_BLOCK: usize = 120;
+/// Panels of B that are copied at a time when B is not in panels already.
+const PANEL_BLOCK: usize = 16;
+/// A micro-tile of few rows reads up to this many panels.
+const PANELS_MAX: usize = 4;
+/// A product cheaper than this many nanoseconds stays on its thread.
+const SPREAD_NS: f64 = 12_000.0;
+
+/// A matrix in panels, zeros beyond its last column.
+#[derive(Debug, Clone, Default)]
+pub struct Packed {
+    data: Vec<f32>,
+    k: usize,
+    n: usize,
+}
+
+/// The left factor, `m × k`.
+#[derive(Clone, Copy)]
+pub enum Left<'a> {
+    /// Rows of k numbers, `stride` apart.
+    Rows(&'a [f32], usize),
+    /// Columns of m numbers, `stride` apart: a matrix of `k × m` read transposed.
+    Columns(&'a [f32], usize),
+}
+
+/// The right factor, `k × n`.
+#[derive(Clone, Copy)]
+pub enum Right<'a> {
+    /// In panels. It may have more rows than the product uses.
+    Packed(&'a Packed),
+    /// Rows of n numbers, `stride` apart.
+    Rows(&'a [f32], usize),
+}
+
+/// Sizes of a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// Rows of the result.
+    pub m: usize,
+    /// Columns of the result.
+    pub n: usize,
+    /// Length of the sums.
+    pub k: usize,
+}
+
+/// One micro-tile of a product.
+pub(crate) struct Tile {
+    /// `[k][rows]`.
+    a: *const f32,
+    /// `[panel][k][width]`, panels `panel_stride` apart.
+    b: *const f32,
+    panel_stride: usize,
+    k: usize,
+    c: *mut f32,
+    c_stride: usize,
+    /// Columns of C that exist here.
+    columns: usize,
+    add: bool,
+}
+
+/// # Safety
+/// `tile.a` may be read for `k · ROWS` numbers, `tile.b` for `k` rows in each of `VECTORS / 2` panels, and `tile.c` read
+/// and written in `ROWS` rows of `min(columns, VECTORS · LANES)` numbers.
+#[inline(always)]
+pub(crate) unsafe fn micro_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(s: S, tile: &Tile) {
+    let width = 2 * S::LANES;
+    let mut sums = [[s.splat(0.0); VECTORS]; ROWS];
+    let (mut a, mut b) = (tile.a, tile.b);
+    for _ in 0..tile.k {
+        let mut row = [s.splat(0.0); VECTORS];
+        for (j, b_j) in row.iter_mut().enumerate() {
+            // SAFETY: row `k` of panel j / 2 lies within what the caller promised.
+            *b_j = unsafe { s.load(b.add(j / 2 * tile.panel_stride + j % 2 * S::LANES)) };
+        }
+        for (i, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: as above, for `a`.
+            let a_i = s.splat(unsafe { *a.add(i) });
+            for j in 0..VECTORS {
+                sums[j] = s.fma(a_i, row[j], sums[j]);
+            }
+        }
+        // SAFETY: at most one past the end.
+        (a, b) = unsafe { (a.add(ROWS), b.add(width)) };
+    }
+    let whole = tile.columns >= VECTORS * S::LANES;
+    for (i, sums) in sums.iter().enumerate() {
+        // SAFETY: row i of C.
+        let c = unsafe { tile.c.add(i * tile.c_stride) };
+        if whole {
+            for (j, sum) in sums.iter().enumerate() {
+                // SAFETY: all columns exist.
+                unsafe {
+                    let to = c.add(j * S::LANES);
+                    s.store(to, if tile.add { s.add(s.load(to), *sum) } else { *sum });
+                }
+            }
+        } else {
+            let mut spilt = [0.0f32; 128];
+            for (j, sum) in sums.iter().enumerate() {
+                s.put(&mut spilt[j * S::LANES..], *sum);
+            }
+            for (j, sum) in spilt[..tile.columns.min(VECTORS * S::LANES)].iter().enumerate() {
+                // SAFETY: the first `columns` columns exist.
+                unsafe {
+                    let to = c.add(j);
+                    *to = if tile.add { *to + sum } else { *sum };
+                }
+            }
+        }
+    }
+}
+
+/// Columns of a panel.
+pub fn panel_width(isa: Isa) -> usize {
+    match isa.kind() {
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 => 32,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => 16,
+        #[cfg(target_arch = "aarch64")]
+        Kind::Neon => 8,
+        Kind::Scalar => 8,
+    }
+}
+
+impl Packed {
+    /// The transpose of `weights`, `[n, k]` row after row: for `y = x · Wᵀ`.
+    pub fn transposed(isa: Isa, weights: &[f32], n: usize, k: usize) -> Self {
+        let mut packed = Self::default();
+        packed.set_transposed(isa, weights, k, n, k);
+        packed
+    }
+
+    /// Rows.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Columns.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        4 * self.data.capacity()
+    }
+
+    /// Becomes the transpose of `n` rows of k numbers, `stride` apart, in the memory that it has.
+    pub fn set_transposed(&mut self, isa: Isa, rows: &[f32], stride: usize, n: usize, k: usize) {
+        assert!(n == 0 || k == 0 || rows.len() >= (n - 1) * stride + k, "a matrix of {n} rows is too short");
+        let width = self.resize(isa, n, k);
+        threads::each_part(&mut self.data, (k * width).max(1), n * k > 1 << 16, |panel, to| {
+            let first = panel * width;
+            if first < n {
+                transpose_into(&rows[first * stride..], stride, width.min(n - first), k, to, width);
+            }
+        });
+    }
+
+    /// Becomes `k` rows of n numbers, `stride` apart, in the memory that it has.
+    pub fn set_rows(&mut self, isa: Isa, rows: &[f32], stride: usize, n: usize, k: usize) {
+        assert!(n == 0 || k == 0 || rows.len() >= (k - 1) * stride + n, "a matrix of {k} rows is too short");
+        let width = self.resize(isa, n, k);
+        for (panel, to) in self.data.chunks_exact_mut((k * width).max(1)).enumerate() {
+            let first = panel * width;
+            if first < n {
+                copy_panel(&rows[first..], stride, width.min(n - first), k, to, width);
+            }
+        }
+    }
+
+    fn resize(&mut self, isa: Isa, n: usize, k: usize) -> usize {
+        let width = panel_width(isa);
+        // Whole groups of panels, so that a micro-tile of few rows may always read a group.
+        let panels = n.div_ceil(width).next_multiple_of(PANELS_MAX);
+        if self.data.len() != panels * width * k {
+            self.data.clear();
+            self.data.resize(panels * width * k, 0.0);
+        }
+        (self.k, self.n) = (k, n);
+        width
+    }
+}
+
+/// `to[p · width + i] = rows[i · stride + p]` for the first `count` rows of `k` numbers, zeros beyond.
+fn transpose_into(rows: &[f32], stride: usize, count: usize, k: usize, to: &mut [f32], width: usize) {
+    const PART: usize = 32;
+    for start in (0..k).step_by(PART) {
+        let len = PART.min(k - start);
+        let to = &mut to[start * width..(start + len) * width];
+        let mut i = 0;
+        while i + 4 <= count {
+            let from: [&[f32]; 4] = std::array::from_fn(|j| &rows[(i + j) * stride + start..][..len]);
+            transpose_four(from, &mut to[i..], width);
+            i += 4;
+        }
+        for i in i..count {
+            let from = &rows[i * stride + start..][..len];
+            for (to, x) in to[i..].iter_mut().step_by(width).zip(from) {
+                *to = *x;
+            }
+        }
+        for i in count..width {
+            to[i..].iter_mut().step_by(width).for_each(|to| *to = 0.0);
+        }
+    }
+}
+
+/// Four rows of equal length become columns, `width` apart: four by four numbers at a time, in registers.
+fn transpose_four(rows: [&[f32]; 4], to: &mut [f32], width: usize) {
+    let len = rows[0].len();
+    let mut p = 0;
+    while p + 4 <= len {
+        let block: [[f32; 4]; 4] = rows.map(|row| *row[p..].first_chunk().unwrap_or(&[0.0; 4]));
+        for q in 0..4 {
+            if let Some(to) = to[(p + q) * width..].first_chunk_mut() {
+                *to = [block[0][q], block[1][q], block[2][q], block[3][q]];
+            }
+        }
+        p += 4;
+    }
+    for p in p..len {
+        for (j, row) in rows.iter().enumerate() {
+            to[p * width + j] = row[p];
+        }
+    }
+}
+
+/// One panel of a matrix of rows: `count` columns of `k` rows, zeros beyond.
+fn copy_panel(rows: &[f32], stride: usize, count: usize, k: usize, to: &mut [f32], width: usize) {
+    fn whole<const WIDTH: usize>(rows: &[f32], stride: usize, to: &mut [f32]) {
+        for (p, to) in to.as_chunks_mut::<WIDTH>().0.iter_mut().enumerate() {
+            if let Some(from) = rows[p * stride..].first_chunk() {
+                *to = *from;
+            }
+        }
+    }
+    let to = &mut to[..k * width];
+    match (count == width, width) {
+        (true, 32) => whole::<32>(rows, stride, to),
+        (true, 16) => whole::<16>(rows, stride, to),
+        (true, 8) => whole::<8>(rows, stride, to),
+        _ => {
+            for (p, to) in to.chunks_exact_mut(width).enumerate() {
+                to[..count].copy_from_slice(&rows[p * stride..][..count]);
+                to[count..].fill(0.0);
+            }
+        }
+    }
+}
+
+/// C's place, shared by the pieces of a product, which write to different parts of it.
+#[derive(Clone, Copy)]
+struct Out(*mut f32);
+// SAFETY: pieces write to disjoint parts; the slice behind it outlives the product.
+unsafe impl Send for Out {}
+// SAFETY: as above.
+unsafe impl Sync for Out {}
+
+/// Everything that a piece of a product needs.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    shape: Shape,
+    left: Left<'a>,
+    right: Right<'a>,
+    out: Out,
+    out_stride: usize,
+    add: bool,
+}
+
+/// `out = left · right`, or `out += left · right`; `out` holds rows of `n` numbers, `out_stride` apart.
+///
+/// # Panics
+/// When a slice is too short for its shape.
+pub fn gemm(isa: Isa, shape: Shape, left: Left<'_>, right: Right<'_>, out: &mut [f32], out_stride: usize, add: bool) {
+    let Shape { m, n, k } = shape;
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(out_stride >= n && out.len() >= (m - 1) * out_stride + n, "the result is too short");
+    if k == 0 {
+        if !add {
+            out.chunks_mut(out_stride).take(m).for_each(|row| row[..n].fill(0.0));
+        }
+        return;
+    }
+    match left {
+        Left::Rows(data, stride) => assert!(stride >= k && data.len() >= (m - 1) * stride + k, "A is too short"),
+        Left::Columns(data, stride) => assert!(stride >= m && data.len() >= (k - 1) * stride + m, "A is too short"),
+    }
+    match right {
+        Right::Packed(packed) => assert!(packed.k >= k && packed.n >= n, "B is too short"),
+        Right::Rows(data, stride) => assert!(stride >= n && data.len() >= (k - 1) * stride + n, "B is too short"),
+    }
+    let job = Job { shape, left, right, out: Out(out.as_mut_ptr()), out_stride, add };
+    let (row_parts, column_parts) = cut(isa, &job);
+    let panels = n.div_ceil(panel_width(isa));
+    let rows_each = m.div_ceil(row_parts).next_multiple_of(ROW_BLOCK.min(12));
+    let panels_each = panels.div_ceil(column_parts).next_multiple_of(PANELS_MAX);
+    let (row_parts, column_parts) = (m.div_ceil(rows_each), panels.div_ceil(panels_each));
+    threads::each(row_parts * column_parts, true, |part| {
+        let (row, column) = (part % row_parts, part / row_parts);
+        let rows = row * rows_each..m.min((row + 1) * rows_each);
+        let panels = column * panels_each..panels.min((column + 1) * panels_each);
+        // The slices were checked above, and no two parts share rows and panels.
+        piece(isa, job, rows, panels);
+    });
+}
+
+/// Into how many parts rows and columns are cut.
+fn cut(isa: Isa, job: &Job<'_>) -> (usize, usize) {
+    let Shape { m, n, k } = job.shape;
+    // At 90 GF/s, and 10 GB/s where B is read for few rows.
+    let ns = (2 * m * n) as f64 * k as f64 / 90.0 + (4 * n) as f64 * k as f64 / 10.0;
+    let threads = threads::available();
+    if threads == 1 || ns < SPREAD_NS {
+        return (1, 1);
+    }
+    let wanted = (4 * threads).min((ns / (SPREAD_NS / 4.0)) as usize).max(1);
+    let panels = n.div_ceil(panel_width(isa)).div_ceil(PANELS_MAX);
+    let row_blocks = m.div_ceil(ROW_BLOCK);
+    match job.right {
+        // Panels cost nothing to read again; A's rows are copied once for each part of the columns.
+        Right::Packed(_) => {
+            let rows = row_blocks.min(wanted);
+            (rows, wanted.div_ceil(rows).min(panels))
+        }
+        Right::Rows(..) => {
+            let columns = panels.min(wanted);
+            (wanted.div_ceil(columns).min(row_blocks), columns)
+        }
+    }
+}
+
+thread_local! {
+    /// Copies of parts of A and B. Held only while one piece runs, which calls nothing that could run another.
+    static COPIES: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
+
+/// A part of a product. Only for [`gemm`], which has checked that the slices of `job` fit its shape and that nothing else
+/// writes to these rows and panels.
+fn piece(isa: Isa, job: Job<'_>, rows: Range<usize>, panels: Range<usize>) {
+    COPIES.with_borrow_mut(|(a, b)| {
+        a.resize(ROW_BLOCK * K_BLOCK, 0.0);
+        if matches!(job.right, Right::Rows(..)) {
+            b.resize((PANEL_BLOCK + PANELS_MAX) * K_BLOCK * panel_width(isa), 0.0);
+        }
+        piece_with(isa, job, rows, panels, a, b);
+    });
+}
+
+dispatched! {
+    fn piece_with(job: Job<'_>, rows: Range<usize>, panels: Range<usize>, a: &mut [f32], b: &mut [f32]) = piece_body;
+}
+
+// No closure here or below: one would be compiled without the instruction set.
+#[inline(always)]
+fn piece_body<S: Simd>(s: S, job: Job<'_>, rows: Range<usize>, panels: Range<usize>, a: &mut [f32], b: &mut [f32]) {
+    let (k, width) = (job.shape.k, 2 * S::LANES);
+    match job.right {
+        Right::Packed(packed) => {
+            let stride = packed.k * width;
+            let mut first = 0;
+            while first < k {
+                let depth = first..k.min(first + K_BLOCK);
+                let from = &packed.data[panels.start * stride + first * width..];
+                pass(s, &job, rows.clone(), panels.clone(), depth, a, from, stride);
+                first += K_BLOCK;
+            }
+        }
+        Right::Rows(data, data_stride) => {
+            let stride = K_BLOCK * width;
+            let mut first_panel = panels.start;
+            while first_panel < panels.end {
+                let panels = first_panel..panels.end.min(first_panel + PANEL_BLOCK);
+                let mut first = 0;
+                while first < k {
+                    let depth = first..k.min(first + K_BLOCK);
+                    for panel in panels.clone() {
+                        let column = panel * width;
+                        let from = &data[first * data_stride + column..];
+                        let to = &mut b[(panel - panels.start) * stride..];
+                        copy_panel(from, data_stride, width.min(job.shape.n - column), depth.len(), to, width);
+                    }
+                    pass(s, &job, rows.clone(), panels.clone(), depth, a, b, stride);
+                    first += K_BLOCK;
+                }
+                first_panel += PANEL_BLOCK;
+            }
+        }
+    }
+}
+
+/// One block of k: `b` starts at the first of `panels`, `stride` numbers apart, in row `depth.start`.
+#[inline(always)]
+fn pass<S: Simd>(
+    s: S,
+    job: &Job<'_>,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    depth: Range<usize>,
+    a: &mut [f32],
+    b: &[f32],
+    stride: usize,
+) {
+    let (width, k) = (2 * S::LANES, depth.len());
+    for block in rows.clone().step_by(ROW_BLOCK) {
+        let block = block..rows.end.min(block + ROW_BLOCK);
+        copy_rows::<S>(job.left, block.clone(), depth.clone(), a);
+        let group = group_rows::<S>(block.len());
+        let taken = s.panels(block.len());
+        for panel in panels.clone().step_by(taken) {
+            let column = panel * width;
+            for row in block.clone().step_by(group) {
+                let count = group.min(block.end - row);
+                let tile = Tile {
+                    a: a[(row - block.start) * k..].as_ptr(),
+                    b: b[(panel - panels.start) * stride..].as_ptr(),
+                    // The last rows of a larger block read their one panel again where a tile of their size has more.
+                    panel_stride: if s.panels(count) > taken { 0 } else { stride },
+                    k,
+                    // SAFETY: within C, whose size was checked.
+                    c: unsafe { job.out.0.add(row * job.out_stride + column) },
+                    c_stride: job.out_stride,
+                    columns: (job.shape.n - column).min(taken * width),
+                    add: job.add || depth.start > 0,
+                };
+                // SAFETY: `a` holds `count` rows of this block. The panels are there: parts are whole groups of panels,
+                // and so are packed matrices and the copies. C was checked, and no other part has these rows and panels.
+                unsafe { s.micro(count, &tile) };
+            }
+        }
+    }
+}
+
+/// Rows of each micro-tile of a block, so that they are about equal.
+#[inline(always)]
+fn group_rows<S: Simd>(rows: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(S::ROWS))
+}
+
+/// Copies rows of A as `[row group][k][rows of the group]`.
+#[inline(always)]
+fn copy_rows<S: Simd>(left: Left<'_>, rows: Range<usize>, depth: Range<usize>, to: &mut [f32]) {
+    let k = depth.len();
+    let group = group_rows::<S>(rows.len());
+    for first in rows.clone().step_by(group) {
+        let count = group.min(rows.end - first);
+        let to = &mut to[(first - rows.start) * k..][..count * k];
+        match left {
+            Left::Rows(data, stride) => {
+                transpose_into(&data[first * stride + depth.start..], stride, count, k, to, count);
+            }
+            Left::Columns(data, stride) => {
+                let from = &data[depth.start * stride + first..];
+                match count {
+                    12 => copy_columns::<12>(from, stride, to),
+                    6 => copy_columns::<6>(from, stride, to),
+                    _ => to
+                        .chunks_exact_mut(count)
+                        .enumerate()
+                        .for_each(|(p, to)| to.copy_from_slice(&from[p * stride..][..count])),
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn copy_columns<const ROWS: usize>(from: &[f32], stride: usize, to: &mut [f32]) {
+    for (p, to) in to.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+        if let Some(from) = from[p * stride..].first_chunk() {
+            *to = *from;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reference::{numbers, product};
+
+    fn check(isa: Isa, shape: Shape, transposed: bool, panels: bool, add: bool) {
+        let Shape { m, n, k } = shape;
+        let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
+        let start = if add { numbers(m * n, 3) } else { vec![7.0; m * n] };
+        let mut expected = product(&a, &b, shape);
+        if add {
+            expected.iter_mut().zip(&start).for_each(|(e, s)| *e += f64::from(*s));
+        }
+        let turned: Vec<f32> = (0..k * m).map(|i| a[i % m * k + i / m]).collect();
+        let left = if transposed { Left::Columns(&turned, m) } else { Left::Rows(&a, k) };
+        let b_t: Vec<f32> = (0..n * k).map(|i| b[i % k * n + i / k]).collect();
+        let packed = Packed::transposed(isa, &b_t, n, k);
+        let right = if panels { Right::Packed(&packed) } else { Right::Rows(&b, n) };
+        let mut found = start;
+        gemm(isa, shape, left, right, &mut found, n, add);
+        for (index, (f, e)) in found.iter().zip(&expected).enumerate() {
+            let bound = 1e-6 * (k as f64).sqrt() * 4.0 + 1e-6;
+            assert!((f64::from(*f) - e).abs() <= bound, "{isa:?} {shape:?} at {index}: {f} instead of {e}");
+        }
+    }
+
+    #[test]
+    fn products_agree_with_double_precision() {
+        for isa in Isa::available() {
+            for m in [1, 2, 3, 4, 5, 7, 11, 12, 13, 25, 121, 131] {
+                for (n, k) in [(1, 1), (5, 3), (33, 17), (64, 256), (97, 300), (257, 70)] {
+                    for flags in 0..8 {
+                        check(isa, Shape { m, n, k }, flags & 1 > 0, flags & 2 > 0, flags & 4 > 0);
+                    }
+                }
+            }
+            check(isa, Shape { m: 300, n: 700, k: 600 }, false, true, false);
+            check(isa, Shape { m: 300, n: 700, k: 600 }, true, false, true);
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_in_any_company() {
+        for isa in Isa::available() {
+            let (n, k, rows) = (203, 530, 150);
+            let (a, w) = (numbers(rows * k, 4), numbers(n * k, 5));
+            let packed = Packed::transposed(isa, &w, n, k);
+            let run = |rows: Range<usize>, right: Right<'_>| {
+                let mut out = vec![0.0; rows.len() * n];
+                let shape = Shape { m: rows.len(), n, k };
+                gemm(isa, shape, Left::Rows(&a[rows.start * k..], k), right, &mut out, n, false);
+                out
+            };
+            let together = run(0..rows, Right::Packed(&packed));
+            for count in 1..=14 {
+                let found = run(3..3 + count, Right::Packed(&packed));
+                assert_eq!(found, together[3 * n..(3 + count) * n], "{isa:?}, {count} rows");
+            }
+            let alone = threads::serial(|| run(0..rows, Right::Packed(&packed)));
+            assert_eq!(alone, together);
+            let b: Vec<f32> = (0..n * k).map(|i| w[i % n * k + i / n]).collect();
+            assert_eq!(run(0..rows, Right::Rows(&b, n)), together);
+        }
+    }
+
+    #[test]
+    fn wider_strides_and_empty_products() {
+        let isa = Isa::best();
+        let (a, b) = (numbers(3 * 9, 1), numbers(4 * 8, 2));
+        let mut out = vec![5.0; 3 * 7];
+        gemm(isa, Shape { m: 3, n: 5, k: 4 }, Left::Rows(&a, 9), Right::Rows(&b, 8), &mut out, 7, false);
+        assert!(out.chunks(7).all(|row| row[5..] == [5.0, 5.0] && row[0] != 5.0));
+        gemm(isa, Shape { m: 3, n: 5, k: 0 }, Left::Rows(&a, 9), Right::Rows(&b, 8), &mut out, 7, false);
+        assert!(out.chunks(7).all(|row| row[..5] == [0.0; 5]));
+        gemm(isa, Shape { m: 0, n: 5, k: 4 }, Left::Rows(&a, 9), Right::Rows(&b, 8), &mut out, 7, false);
+    }
+}

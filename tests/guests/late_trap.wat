@@ -1,0 +1,10 @@
+;; Returns a good answer, and panics when the host says that it has read it.
+(func $init (param i32 i32 i32 i32) (result i32) (call $init_ok))
+(global $armed (mut i32) (i32.const 0))
+(func (export "cabi_post_cosmos:plugin/reward@0.1.0#score-batch") (param i32)
+  (if (global.get $armed) (then unreachable))
+  (global.set $heap (i32.const 4096)))
+(func $score (param $samples i32) (param $count i32) (result i32)
+  (if (i32.ge_s (call $guilty (local.get $samples) (local.get $count)) (i32.const 0))
+    (then (global.set $armed (i32.const 1))))
+  (call $lengths (local.get $samples) (local.get $count)))

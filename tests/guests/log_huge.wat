@@ -1,0 +1,11 @@
+;; Needs the grant `log`. Logs one line of a mebibyte: escape characters, a line break, a right-to-left override, text.
+(import "cosmos:plugin/log@0.1.0" "write" (func $write (param i32 i32 i32)))
+(func $init (param i32 i32 i32 i32) (result i32) (call $init_ok))
+(data (i32.const 2048) "\1b[2J\0a\00\e2\80\ae")
+(func $score (param $samples i32) (param $count i32) (result i32)
+  (local $text i32)
+  (local.set $text (call $alloc (i32.const 0x100000)))
+  (memory.fill (local.get $text) (i32.const 27) (i32.const 0x100000))
+  (memory.copy (local.get $text) (i32.const 2048) (i32.const 9))
+  (call $write (i32.const 3) (local.get $text) (i32.const 0x100000))
+  (call $lengths (local.get $samples) (local.get $count)))
