@@ -151,6 +151,11 @@ where
 
 /// [`answer`] of a command made ready, with its environment and folder.
 pub fn answer_of(command: &mut Command) -> Option<String> {
+    answer_within(command, Duration::from_secs(ANSWER_SECONDS_MAX))
+}
+
+/// What a command prints on standard output when it ends well within `wait_max`; past that it is killed.
+pub fn answer_within(command: &mut Command, wait_max: Duration) -> Option<String> {
     use std::io::Read;
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().ok()?;
     let mut pipe = child.stdout.take()?;
@@ -162,7 +167,7 @@ pub fn answer_of(command: &mut Command) -> Option<String> {
         // The receiver is gone when the deadline has passed.
         let _ = sender.send(read.map(|_| text));
     });
-    let until = Instant::now() + Duration::from_secs(ANSWER_SECONDS_MAX);
+    let until = Instant::now() + wait_max;
     let text = answered.recv_timeout(until - Instant::now());
     let ended = wait_until(&mut child, until);
     if !ended.is_some_and(|status| status.success()) {

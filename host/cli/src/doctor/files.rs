@@ -2,8 +2,10 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
+
+use cosmos_author::toolchain::{answer_within, is_program};
 
 /// How long a program may take to print its version.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(3);
@@ -21,45 +23,12 @@ pub fn read(path: impl AsRef<Path>) -> Option<String> {
 /// Where a program would be started from.
 pub fn program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| is_executable(file))
-}
-
-#[cfg(unix)]
-fn is_executable(file: &Path) -> bool {
-    use std::os::unix::fs::PermissionsExt;
-    file.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
-}
-
-#[cfg(not(unix))]
-fn is_executable(file: &Path) -> bool {
-    file.is_file()
+    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| is_program(file))
 }
 
 /// What a program prints, when it ends well and in time.
 pub fn answer(program: &Path, arguments: &[&str]) -> Option<String> {
-    let mut child = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .ok()?;
-    let started = Instant::now();
-    let status = loop {
-        match child.try_wait().ok()? {
-            Some(status) => break status,
-            None if started.elapsed() > ANSWER_WAIT_MAX => {
-                // A program that hangs is as good as none.
-                let _ = child.kill();
-                let _ = child.wait();
-                return None;
-            }
-            None => std::thread::sleep(Duration::from_millis(5)),
-        }
-    };
-    let mut text = String::new();
-    child.stdout.take()?.take(FILE_BYTES_MAX).read_to_string(&mut text).ok()?;
-    status.success().then_some(text)
+    answer_within(Command::new(program).args(arguments), ANSWER_WAIT_MAX)
 }
 
 /// Folders in which the dynamic loader and common installations keep libraries.
