@@ -70,13 +70,20 @@ impl AuthorError {
 
     /// Whether it is the caller's input or machine that must change (exit code 2), not work that failed (1).
     pub fn is_usage(&self) -> bool {
-        !matches!(self, Self::Io { .. } | Self::Tool { .. })
+        match self {
+            // What is not there was named wrongly; other failures are the machine's.
+            Self::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+            Self::Tool { .. } => false,
+            Self::Project { .. } | Self::Missing { .. } | Self::Plugin(_) => true,
+        }
     }
 
     /// How to mend it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Io { .. } => None,
+            Self::Io { source, .. } => {
+                (source.kind() == std::io::ErrorKind::NotFound).then(|| "check the path".to_owned())
+            }
             Self::Project { hint, .. } | Self::Missing { hint, .. } | Self::Tool { hint, .. } => {
                 (!hint.is_empty()).then(|| hint.clone())
             }

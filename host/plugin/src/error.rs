@@ -226,7 +226,7 @@ impl PluginError {
     /// What to do about it, when that is known.
     pub fn hint(&self) -> Option<String> {
         let text = match self {
-            Self::Read { .. } => "check the path after `--plugin`, or `path` in `[plugin.<name>]`".into(),
+            Self::Read { .. } => "check the path".into(),
             Self::NotWasm { .. } => {
                 "give the built component (`*.wasm`), which `cosmos-host plugin build` makes".into()
             }
