@@ -20,6 +20,7 @@ has_gpu() { [[ -e /proc/driver/nvidia/version ]] && compgen -G '/dev/nvidia[0-9]
 if ! has_gpu; then
     echo "no GPU here: only checking that the CUDA feature compiles"
     cargo check --release --locked -p cosmos-host --features burn-cuda --all-targets
+    cargo check --release --locked -p cosmos-parallel --features nccl --all-targets
     echo "compiled; golden tests and measurements on \`burn:cuda\` were NOT run"
     exit 0
 fi
@@ -29,8 +30,15 @@ if ! ldconfig -p | grep -q libnvrtc.so && [[ -z "${CUDA_PATH:-}" ]]; then
     echo "hint: NVRTC is not in the loader's path; set CUDA_PATH or LD_LIBRARY_PATH when the kernels do not compile" >&2
 fi
 
+# Collectives between all GPUs of this machine, or of one with itself. `COSMOS_NCCL` names NCCL's file or folder where the
+# loader does not find it.
+if ! ldconfig -p | grep -q libnccl.so && [[ -z "${COSMOS_NCCL:-}" ]]; then
+    echo "hint: NCCL is not in the loader's path; set COSMOS_NCCL to its file or folder when it cannot be loaded" >&2
+fi
+
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
 cargo build --release --locked -p cosmos-host --features burn-cuda --example bench
+cargo test --release --locked -p cosmos-parallel --features nccl --lib nccl -- --include-ignored --nocapture
 COSMOS_TEST_DEVICE=burn:cuda cargo test --release --locked -p cosmos-host --features burn-cuda --test all golden -- --nocapture --test-threads 1
 cargo run --release --locked -q -p cosmos-host --features burn-cuda --example bench -- \
     --device burn:cuda --suite device --json "$out"

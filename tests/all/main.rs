@@ -2,4 +2,5 @@
 
 mod cli;
 mod golden;
+mod launch;
 mod run;

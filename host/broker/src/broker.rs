@@ -16,6 +16,8 @@ pub struct Delivery {
     pub attempt: u32,
     /// The request.
     pub request: Arc<TeacherRequest>,
+    /// What the broker itself knows it by.
+    pub(crate) ticket: String,
 }
 
 /// What became of a completed delivery.
@@ -80,10 +82,16 @@ pub struct BrokerStats {
     pub failed: u64,
     /// Results dropped because nobody fetched them in time.
     pub expired: u64,
+    /// Messages that were damaged, foreign or of another version: dropped, logged, and kept for inspection.
+    pub rejected: u64,
     /// Milliseconds from publishing to storing the result, summed over [`BrokerStats::completed`].
     pub latency_ms_sum: u64,
     /// The longest of them.
     pub latency_ms_max: u64,
+    /// Tokens that consumers say went through their models ([`Broker::worked`]).
+    pub scored_tokens: u64,
+    /// Milliseconds that took, summed over the consumers.
+    pub scored_ms: u64,
 }
 
 /// The teacher's queue and results: delivery at least once, every result available exactly once.
@@ -122,6 +130,15 @@ pub trait Broker: Send + Sync {
     /// Those of the transport.
     fn reclaim(&self, idle_ms: u64) -> Result<usize>;
 
+    /// Puts back what `consumer` holds, however short a time: for a process that begins under the name of one that has died.
+    /// A broker whose requests do not outlive its consumers has nothing to put back.
+    ///
+    /// # Errors
+    /// Those of the transport.
+    fn reclaim_from(&self, _consumer: &str) -> Result<usize> {
+        Ok(0)
+    }
+
     /// Takes the results of `ids` out of the broker. Waits until all are there or have failed, or the deadline passes.
     ///
     /// # Errors
@@ -139,6 +156,15 @@ pub trait Broker: Send + Sync {
     /// # Errors
     /// Those of the transport.
     fn close(&self) -> Result<()>;
+
+    /// A consumer says what a batch cost it, for the metrics of whoever reads [`Broker::stats`]. A queue within one process
+    /// need not keep it: both ends are there.
+    ///
+    /// # Errors
+    /// Those of the transport.
+    fn worked(&self, _tokens: u64, _ms: u64) -> Result<()> {
+        Ok(())
+    }
 
     /// How full the queues are and what has passed through.
     ///

@@ -7,12 +7,16 @@
 //!
 //! This crate moves numbers; it does not know what they mean to a trainer.
 
+#[cfg(test)]
+mod behaviour;
 mod broker;
 mod clock;
 mod error;
 mod memory;
 mod message;
+mod remote;
 mod rows;
+mod store;
 pub mod wire;
 
 pub use broker::{Broker, BrokerLimits, BrokerStats, Completion, Delivery, Fetched};
@@ -20,7 +24,12 @@ pub use clock::{Clock, ManualClock, SystemClock};
 pub use error::BrokerError;
 pub use memory::MemoryBroker;
 pub use message::{HiddenStates, SampleId, TeacherRequest, TeacherResult};
+pub use remote::{
+    CosmosRlBroker, CosmosRlOptions, PromptOf, QueueOptions, RedisAddress, RedisBroker, RedisLimits, RedisLink,
+    RedisServer, RedisStore, Rejected, RowOf, ServerOptions, open_or_start,
+};
 pub use rows::Rows;
+pub use store::{MemoryStore, Store, StoreLimits};
 
 /// What the functions of this crate return.
 pub type Result<T> = std::result::Result<T, BrokerError>;

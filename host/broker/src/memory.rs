@@ -206,7 +206,12 @@ impl Broker for MemoryBroker {
             work.attempts += 1;
             work.held_since_ms = Some(now);
             state.deliveries += 1;
-            taken.push(Delivery { id: state.deliveries, attempt: work.attempts, request: work.request.clone() });
+            taken.push(Delivery {
+                id: state.deliveries,
+                attempt: work.attempts,
+                request: work.request.clone(),
+                ticket: String::new(),
+            });
         }
         Ok(taken)
     }

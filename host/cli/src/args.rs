@@ -65,6 +65,19 @@ impl Color {
 pub enum Command {
     /// Train: distil, GRPO or SFT, as the config says
     Run(commands::run::Args),
+    /// Place, start and watch the processes of a run
+    #[command(subcommand)]
+    Launch(commands::launch::Command),
+    /// Be the controller of a run of several processes
+    Controller(Box<commands::role::ControllerArgs>),
+    /// Be a policy of a run: it trains the student
+    Policy(Box<commands::role::Args>),
+    /// Be a rollout of a run: it writes completions and scores them by the rewards
+    Rollout(Box<commands::role::Args>),
+    /// Be a teacher of a run: it scores completions token by token
+    Teacher(Box<commands::role::Args>),
+    /// Who does what in a run of several processes
+    Status(commands::status::Args),
     /// Check, resolve and explain configs
     #[command(subcommand)]
     Config(commands::config::Command),

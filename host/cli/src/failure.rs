@@ -6,6 +6,8 @@ use std::process::ExitCode;
 
 use cosmos_author::AuthorError;
 use cosmos_config::{ConfigError, ConfigErrors, Problem, Severity};
+use cosmos_control::ControlError;
+use cosmos_launch::LaunchError;
 use cosmos_plugin::PluginError;
 use cosmos_run::RunError;
 
@@ -200,6 +202,20 @@ impl From<PluginError> for Failure {
 
 impl From<AuthorError> for Failure {
     fn from(error: AuthorError) -> Self {
+        let exit = if error.is_usage() { Exit::Usage } else { Exit::Failed };
+        Self::from_error(exit, &error, error.hint())
+    }
+}
+
+impl From<ControlError> for Failure {
+    fn from(error: ControlError) -> Self {
+        let exit = if error.is_usage() { Exit::Usage } else { Exit::Failed };
+        Self::from_error(exit, &error, error.hint())
+    }
+}
+
+impl From<LaunchError> for Failure {
+    fn from(error: LaunchError) -> Self {
         let exit = if error.is_usage() { Exit::Usage } else { Exit::Failed };
         Self::from_error(exit, &error, error.hint())
     }

@@ -1,10 +1,26 @@
 //! Logs on standard error.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use tracing_subscriber::EnvFilter;
 
 use crate::failure::Failure;
+
+/// Whoever reads the log may be gone: a launcher that was killed, a closed terminal. That must not end a run that has still to
+/// be saved, so what cannot be written is dropped.
+struct Forgiving(std::io::Stderr);
+
+impl Write for Forgiving {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let _ = self.0.write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        let _ = self.0.flush();
+        Ok(())
+    }
+}
 
 /// Starts logging with `--log-level`, else `COSMOS_LOG_LEVEL`, else `info`. A bare level is for our own crates; the
 /// libraries below stay at `warn`.
@@ -23,7 +39,7 @@ pub fn start(asked: Option<&str>) -> Result<(), Failure> {
         && anstream::AutoStream::choice(&std::io::stderr()) != anstream::ColorChoice::Never;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| Forgiving(std::io::stderr()))
         .with_ansi(color)
         .with_target(level.contains("debug") || level.contains("trace"))
         .finish();

@@ -123,6 +123,7 @@ fn table_page(page: &mut String, path: &str, doc: &str, shape: &Shape) {
             }
         }
         Shape::Map(of) if is_table(of) => table_page(page, &format!("{path}.<name>"), doc, of),
+        Shape::List { of, .. } if is_table(of) => table_page(page, &format!("[{path}]"), doc, of),
         Shape::Either(shapes) => shapes.iter().for_each(|s| table_page(page, path, doc, s)),
         _ => {}
     }
@@ -130,7 +131,7 @@ fn table_page(page: &mut String, path: &str, doc: &str, shape: &Shape) {
 
 fn keys_page(page: &mut String, path: &str, doc: &str, keys: &[Key], case: &str) {
     let has_table = |key: &&Key| match &key.shape {
-        Shape::Map(of) => is_table(of),
+        Shape::Map(of) | Shape::List { of, .. } => is_table(of),
         shape => is_table(shape),
     };
     let title = if path.is_empty() { "Top level".to_string() } else { format!("`[{path}]`{case}") };
@@ -152,6 +153,8 @@ fn keys_page(page: &mut String, path: &str, doc: &str, keys: &[Key], case: &str)
         let _ = writeln!(page, "| {} |", cells.map(|c| c.replace('|', "\\|")).join(" | "));
     }
     for key in keys.iter().filter(has_table) {
+        // A table below an item of a list has one pair of brackets.
+        let path = path.trim_matches(['[', ']']);
         let below = if path.is_empty() { key.name.clone() } else { format!("{path}.{}", key.name) };
         table_page(page, &below, &key.doc, &key.shape);
     }

@@ -212,6 +212,12 @@ impl Config {
         if let Some(size) = value.pointer_mut("/train/train_policy/dataloader_batch_size").filter(|v| v.is_null()) {
             *size = 0.into();
         }
+        // The two exclude each other, so the default of the one would refuse the other.
+        if let (false, Some(table)) = (self.distillation.teachers.is_empty(), value.pointer_mut("/distillation"))
+            && let Some(table) = table.as_object_mut()
+        {
+            table.remove("model_name_or_path");
+        }
         drop_nulls(&mut value);
         Ok(toml::to_string_pretty(&value)?)
     }

@@ -222,9 +222,63 @@ impl Rules<'_> {
 
     fn distillation(&mut self, distillation: &mut Distillation) {
         self.model("distillation", &distillation.model_name_or_path, &distillation.parallelism);
+        self.teachers(distillation);
         if distillation.top_k <= 0 {
             distillation.trainer_token_ids_from_teacher = false;
         }
+    }
+
+    /// Each of several teachers has a name of its own, a model and a weight.
+    fn teachers(&mut self, distillation: &Distillation) {
+        if distillation.teachers.is_empty() {
+            return;
+        }
+        for own in ["model_name_or_path", "model_revision"].map(|key| format!("distillation.{key}")) {
+            if self.is_set(&own) {
+                let message = format!("`{own}` and `[[distillation.teachers]]` exclude each other");
+                self.error(&[&own], message, "name the model in the list of teachers");
+            }
+        }
+        for (index, teacher) in distillation.teachers.iter().enumerate() {
+            let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+            let at = index.to_string();
+            let which = if teacher.name.is_empty() { format!("number {}", index + 1) } else { teacher.name.clone() };
+            if teacher.name.is_empty() || teacher.name.len() > 64 || !teacher.name.chars().all(plain) {
+                let message = format!("teacher {which} has no plain `name`");
+                self.error_below(&at, "name", message, "use up to 64 letters, digits, `-` and `_`");
+            }
+            if distillation.teachers[..index].iter().any(|other| other.name == teacher.name) {
+                self.error_below(&at, "name", format!("two teachers have the name `{which}`"), "give each its own");
+            }
+            if teacher.model_name_or_path.is_empty() {
+                let message = format!("teacher `{which}` has no `model_name_or_path`");
+                self.error_below(&at, "model_name_or_path", message, "give a hub id or a folder");
+            }
+            if !(teacher.weight.is_finite() && teacher.weight > 0.0) {
+                let message = format!("the `weight` of teacher `{which}` is {}, but must be above 0", teacher.weight);
+                self.error_below(&at, "weight", message, "leave the teacher out to take nothing of it");
+            }
+            if teacher.datasets.as_ref().is_some_and(Vec::is_empty) {
+                let message = format!("teacher `{which}` answers for no dataset");
+                self.error_below(&at, "datasets", message, "name some, or leave `datasets` out for all");
+            }
+            if let Some(parallelism) = teacher.parallelism.as_ref().filter(|p| p.dp_replicate_size != 1) {
+                let message = format!(
+                    "`parallelism.dp_replicate_size` of teacher `{which}` is {}, but must be 1",
+                    parallelism.dp_replicate_size
+                );
+                self.error_below(&at, "parallelism", message, "use `n_init_replicas`");
+            }
+        }
+    }
+
+    /// A complaint about `key` of teacher number `at`.
+    fn error_below(&mut self, at: &str, key: &str, message: String, hint: &str) {
+        let path = ["distillation", "teachers", at, key];
+        let (node, depth) = self.document.root.deepest(&path);
+        let place = if depth < path.len() { self.document.key_place(node) } else { self.document.place(node) };
+        let (severity, hint) = (Severity::Error, Some(hint.to_string()));
+        self.problems.push(Problem { severity, key: path.join("."), message, hint, place: Some(place) });
     }
 
     fn pipeline(&mut self, config: &Config) {
@@ -282,6 +336,22 @@ impl Rules<'_> {
         if let TrainPolicy::Grpo(grpo) = &mut config.train.train_policy {
             grpo.allowed_outdated_steps = grpo.allowed_outdated_steps.max(interval.saturating_sub(1));
             raise_inflight(grpo);
+            let outdated = grpo.allowed_outdated_steps;
+            self.weights_kept(&mut config.host.weights_keep, outdated);
+        }
+    }
+
+    /// A rollout may be at work with the oldest version that counts while the next one is published.
+    fn weights_kept(&mut self, keep: &mut usize, outdated: usize) {
+        let least = outdated.saturating_add(2);
+        if !self.is_set("host.weights_keep") {
+            *keep = (*keep).max(least);
+        } else if *keep < least {
+            let message = format!(
+                "`host.weights_keep` is {keep}, but with `allowed_outdated_steps` = {outdated} rollouts need {least} versions"
+            );
+            let keys = ["host.weights_keep", "train.train_policy.allowed_outdated_steps"];
+            self.error(&keys, message, "raise it, or leave it out");
         }
     }
 
@@ -467,8 +537,22 @@ pub(crate) fn unsupported(config: &Config, document: &Document) -> Vec<Problem> 
     );
     let uploads = !matches!(train.ckpt.upload_s3, FlagOrText::Flag(false));
     refuse("train.ckpt.upload_s3", uploads, "an upload to S3", "`ckpt export` makes a folder to upload");
-    let foreign_wire = config.distillation.enable && config.distillation.wire == Wire::CosmosRl;
-    refuse("distillation.wire", foreign_wire, "a teacher in another process", "");
+    let distillation = &config.distillation;
+    let foreign = distillation.enable && distillation.wire == Wire::CosmosRl;
+    let native = "use `distillation.wire = \"native\"`";
+    let whole = foreign && distillation.top_k < 0;
+    refuse(
+        "distillation.top_k",
+        whole,
+        "the whole vocabulary in the original's messages, which have no place for it",
+        native,
+    );
+    let others = foreign && distillation.top_k > 0 && distillation.top_k_support != SupportRule::Student;
+    refuse("distillation.top_k_support", others, "candidates that the original's teacher does not pick", native);
+    let nccl = config.host.weights_transport == WeightsTransport::Nccl;
+    refuse("host.weights_transport", nccl, "weights that travel between GPUs", "use `\"auto\"`");
+    let several = foreign && !config.distillation.teachers.is_empty();
+    refuse("distillation.teachers", several, "several teachers over the original's wire", "it knows a single one");
     match &train.train_policy {
         TrainPolicy::Grpo(grpo) => {
             let own = "the trainers are `\"grpo\"` and, with `type = \"sft\"`, `\"sft\"`";

@@ -126,6 +126,7 @@ impl Shape {
                 cases.iter().filter_map(|(_, keys)| among(keys).map(|i| (Some(&keys[i]), &keys[i].shape))).collect()
             }
             Self::Map(of) => vec![(None, of)],
+            Self::List { of, .. } => of.child(name),
             Self::Any => vec![(None, self)],
             Self::Either(shapes) => shapes.iter().flat_map(|s| s.child(name)).collect(),
             _ => Vec::new(),
@@ -140,6 +141,7 @@ impl Shape {
                 cases.iter().flat_map(|(_, keys)| keys.iter().map(|k| k.name.as_str())).collect()
             }
             Self::Either(shapes) => shapes.iter().flat_map(Shape::key_names).collect(),
+            Self::List { of, .. } => of.key_names(),
             _ => Vec::new(),
         };
         let mut seen = HashSet::new();

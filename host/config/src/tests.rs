@@ -545,6 +545,20 @@ fn presets_mean_the_same_as_upstreams() {
     }
 }
 
+#[test]
+fn the_originals_messages_have_limits() {
+    let wire = |more: &str| {
+        let head =
+            "[train]\n[train.train_policy]\ntype = \"grpo\"\n[distillation]\nenable = true\nwire = \"cosmos-rl\"\n";
+        resolve(&format!("{head}{more}\n")).check_runnable().map_err(|e| e.to_string())
+    };
+    assert_eq!(wire("top_k = 0"), Ok(()));
+    let whole = wire("top_k = -1").unwrap_err();
+    assert!(whole.contains("`distillation.top_k` asks for the whole vocabulary in the original's messages"), "{whole}");
+    let theirs = wire("top_k = 4\ntop_k_support = \"teacher\"").unwrap_err();
+    assert!(theirs.contains("`distillation.top_k_support` asks for candidates"), "{theirs}");
+}
+
 /// `COSMOS_WRITE_REFERENCE=1` writes the page anew.
 #[test]
 fn the_reference_page_is_up_to_date() {
@@ -670,4 +684,52 @@ fn names_and_settings_have_their_places() {
     // What is missing is missing from its table.
     assert_eq!(at(resolved.nearest_place(&["custom", "game", "max"])).map(|(line, _)| line), Some(5));
     assert_eq!(at(resolved.nearest_place(&["plugin", "x"])), None);
+}
+
+const TWO_TEACHERS: &str = "[train]\n[train.train_policy]\ntype = \"grpo\"\n[distillation]\nenable = true\n\
+    [[distillation.teachers]]\nname = \"math\"\nmodel_name_or_path = \"m\"\nweight = 2.0\ndatasets = [\"gsm8k/train\"]\n\
+    [[distillation.teachers]]\nname = \"code\"\nmodel_name_or_path = \"c\"\nmini_batch = 4\n\
+    [distillation.teachers.parallelism]\nn_init_replicas = 3\n";
+
+#[test]
+fn several_teachers_stand_in_a_list() {
+    let resolved = resolve(TWO_TEACHERS);
+    let teachers = resolved.config.distillation.each_teacher();
+    assert_eq!(teachers.iter().map(|t| t.name.as_str()).collect::<Vec<_>>(), ["math", "code"]);
+    assert_eq!((teachers[0].weight, teachers[1].weight), (2.0, 1.0));
+    assert_eq!((teachers[0].mini_batch, teachers[1].mini_batch), (None, Some(4)));
+    assert_eq!(teachers[1].parallelism.as_ref().map(|p| p.n_init_replicas), Some(3));
+    assert_eq!(teachers[0].datasets.as_deref(), Some(&["gsm8k/train".to_string()][..]));
+    survives_its_own_toml(&resolved);
+    // The simple form is one teacher.
+    let one =
+        resolve("[train]\n[distillation]\nmodel_name_or_path = \"m\"\nmodel_revision = \"r\"\n").config.distillation;
+    let [teacher] = one.each_teacher().try_into().unwrap();
+    assert_eq!((teacher.name.as_str(), teacher.model_name_or_path.as_str(), teacher.weight), ("teacher", "m", 1.0));
+    assert_eq!(teacher.model_revision.as_deref(), Some("r"));
+    let explained = explain("distillation.teachers.weight").unwrap();
+    assert!(explained.doc.contains("mixture") && explained.default == Some(1.0.into()), "{explained:?}");
+}
+
+#[test]
+fn teachers_that_make_no_sense_are_refused_at_their_place() {
+    let said = |from: &str, to: &str| refused(&TWO_TEACHERS.replace(from, to));
+    assert!(said("\"code\"", "\"math\"").contains("run.toml:12:8: two teachers have the name `math`"));
+    assert!(said("\"code\"", "\"a/b\"").contains("run.toml:12:8: teacher a/b has no plain `name`"));
+    assert!(said("name = \"code\"\n", "").contains("teacher number 2 has no plain `name`"));
+    assert!(said("weight = 2.0", "weight = 0").contains("run.toml:9:10: the `weight` of teacher `math` is 0"));
+    assert!(said("weight = 2.0", "weight = -1").contains("is -1, but must be above 0"));
+    assert!(said("[\"gsm8k/train\"]", "[]").contains("run.toml:10:12: teacher `math` answers for no dataset"));
+    assert!(said("model_name_or_path = \"c\"\n", "").contains("teacher `code` has no `model_name_or_path`"));
+    assert!(
+        said("n_init_replicas = 3", "dp_replicate_size = 2")
+            .contains("`parallelism.dp_replicate_size` of teacher `code` is 2")
+    );
+    let both = said("enable = true\n", "enable = true\nmodel_name_or_path = \"m\"\n");
+    assert!(
+        both.contains("`distillation.model_name_or_path` and `[[distillation.teachers]]` exclude each other"),
+        "{both}"
+    );
+    let wrong = warned(&TWO_TEACHERS.replace("mini_batch = 4", "mini_batches = 4"));
+    assert!(wrong.contains("distillation.teachers[1].mini_batches"), "{wrong}");
 }

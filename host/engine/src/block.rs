@@ -67,6 +67,18 @@ pub trait BlockEngine: Send + Sync + 'static {
     fn embedding(&self, values: &[f32]) -> Self::Table {
         self.table(values)
     }
+    /// Uploads the embedding for [`BlockEngine::embed`] only.
+    fn lookup(&self, values: &[f32]) -> Self::Table {
+        self.table(values)
+    }
+    /// Bytes of a table of `len` values.
+    fn table_bytes(&self, table: &Self::Table, len: usize) -> usize;
+    /// Bytes of a block of `len` values.
+    fn block_bytes(&self, block: &Self::Block, len: usize) -> usize;
+    /// Activations from the host.
+    fn activations(&self, values: &[f32]) -> Self::Tensor;
+    /// Activations to the host.
+    fn values(&self, x: Self::Tensor) -> Result<Vec<f32>>;
     /// Uploads new values of a matrix.
     fn refresh_table(&self, table: &mut Self::Table, values: &[f32]) {
         *table = self.table(values);
@@ -83,12 +95,18 @@ pub trait BlockEngine: Send + Sync + 'static {
     fn geometry(&self, t: usize) -> Self::Geometry;
 
     /// Rows of the embedding for `ids`; `values` are the master values of `table`.
-    fn embed(&self, table: &Self::Table, values: &[f32], ids: &[u32]) -> Self::Tensor;
+    fn embed(&self, table: &Self::Table, values: &[f32], ids: &[u32]) -> Result<Self::Tensor>;
     /// Adds the gradient at the embedding's rows to `grads`, `[vocab, hidden]`.
     fn embed_vjp(&self, ids: &[u32], dy: Self::Tensor, grads: &mut [f32]) -> Result<()>;
 
     /// One block over a tile of `b` rows.
-    fn block_forward(&self, block: &Self::Block, geometry: &Self::Geometry, b: usize, x: Self::Tensor) -> Self::Tensor;
+    fn block_forward(
+        &self,
+        block: &Self::Block,
+        geometry: &Self::Geometry,
+        b: usize,
+        x: Self::Tensor,
+    ) -> Result<Self::Tensor>;
     /// Bytes a token that keeping the whole of one block's forward takes; 0 if the engine has no use for it.
     fn saved_bytes(&self) -> usize;
     /// As [`BlockEngine::block_forward`], and what backward needs: with `whole` everything that spares it from running the
@@ -100,7 +118,7 @@ pub trait BlockEngine: Send + Sync + 'static {
         b: usize,
         x: Self::Tensor,
         whole: bool,
-    ) -> (Self::Tensor, Self::Saved);
+    ) -> Result<(Self::Tensor, Self::Saved)>;
     /// The block's vector-Jacobian product over all tiles: the gradients at their inputs, in order; those at the parameters
     /// (whose master values are `params`) are added to `grads` in the order of the tiles.
     fn block_backward(
@@ -112,6 +130,13 @@ pub trait BlockEngine: Send + Sync + 'static {
     ) -> Result<Vec<Self::Tensor>>
     where
         Self: Sized;
+
+    /// Completes a block's gradients, as [`BlockEngine::block_backward`] found them in one call: those of parameters that
+    /// several ranks hold and each has seen a part of.
+    fn join_block_grads(&self, grads: &mut [f32]) -> Result<()> {
+        let _ = grads;
+        Ok(())
+    }
 
     /// The last norm at `rows` of `x`: `[rows, hidden]` on the host.
     fn final_norm(&self, norm: &Self::Norm, x: Self::Tensor, rows: &[u32]) -> Result<Vec<f32>>;

@@ -198,6 +198,22 @@ impl BlockEngine for BurnEngine {
         self.hidden_rows(values)
     }
 
+    fn table_bytes(&self, _table: &Tensor<2>, len: usize) -> usize {
+        4 * len
+    }
+
+    fn block_bytes(&self, _block: &BlockParams, len: usize) -> usize {
+        4 * len
+    }
+
+    fn activations(&self, values: &[f32]) -> Tensor<2> {
+        self.hidden_rows(values)
+    }
+
+    fn values(&self, x: Tensor<2>) -> Result<Vec<f32>> {
+        to_host(x)
+    }
+
     fn block(&self, flat: &[f32]) -> BlockParams {
         BlockParams::from_flat(&self.config, flat, &self.device)
     }
@@ -222,8 +238,8 @@ impl BlockEngine for BurnEngine {
         geometry
     }
 
-    fn embed(&self, table: &Tensor<2>, _values: &[f32], ids: &[u32]) -> Tensor<2> {
-        table.clone().select(0, self.indices(ids))
+    fn embed(&self, table: &Tensor<2>, _values: &[f32], ids: &[u32]) -> Result<Tensor<2>> {
+        Ok(table.clone().select(0, self.indices(ids)))
     }
 
     fn embed_vjp(&self, ids: &[u32], dy: Tensor<2>, grads: &mut [f32]) -> Result<()> {
@@ -237,8 +253,8 @@ impl BlockEngine for BurnEngine {
         Ok(())
     }
 
-    fn block_forward(&self, block: &BlockParams, geometry: &Geometry, b: usize, x: Tensor<2>) -> Tensor<2> {
-        network::block(block, &self.shapes, geometry, &self.half_turn, b, x)
+    fn block_forward(&self, block: &BlockParams, geometry: &Geometry, b: usize, x: Tensor<2>) -> Result<Tensor<2>> {
+        Ok(network::block(block, &self.shapes, geometry, &self.half_turn, b, x))
     }
 
     fn saved_bytes(&self) -> usize {
@@ -252,8 +268,8 @@ impl BlockEngine for BurnEngine {
         b: usize,
         x: Tensor<2>,
         _whole: bool,
-    ) -> (Tensor<2>, Tensor<2>) {
-        (self.block_forward(block, geometry, b, x.clone()), x)
+    ) -> Result<(Tensor<2>, Tensor<2>)> {
+        Ok((self.block_forward(block, geometry, b, x.clone())?, x))
     }
 
     fn block_backward(

@@ -11,20 +11,24 @@ use std::sync::{Arc, PoisonError, RwLock};
 use cosmos_kernels::gemm::{Left, Packed, Right, Shape, gemm};
 use cosmos_kernels::page::{Page, attend};
 use cosmos_kernels::{Isa, rows, threads};
+use cosmos_parallel::RankGroups;
 use rayon::prelude::*;
 
 use crate::block::{BackwardTile, BlockEngine, DecodeRow};
 use crate::model::{Model, ModelConfig};
 use crate::rope::Rope;
+use crate::sharded::cut::TpPart;
 use crate::walker::Transformer;
 use crate::{EngineError, Result, weights};
 
 mod arena;
 mod cache;
+mod inside;
 mod layout;
 mod network;
 use arena::Buffer;
 use cache::{Cache, Pool};
+use inside::Inside;
 use layout::{CpuBlock, Layout};
 use network::{Run, Saved, Turns};
 
@@ -65,6 +69,8 @@ pub struct CpuEngine {
     rope: Rope,
     turns: RwLock<Arc<Turns>>,
     pool: Arc<Pool>,
+    /// None where the engine has whole blocks.
+    inside: Option<Inside>,
 }
 
 impl CpuEngine {
@@ -76,6 +82,21 @@ impl CpuEngine {
     /// As [`CpuEngine::new`], with at most `kv_bytes_max` of keys and values.
     pub fn with_kv_bytes(config: ModelConfig, kv_bytes_max: usize) -> Self {
         let layout = Layout::of(&config);
+        Self::with_layout(config, layout, None, kv_bytes_max)
+    }
+
+    /// The engine of one rank, which has a part of every block.
+    pub(crate) fn of_rank(config: ModelConfig, groups: &RankGroups, part: &TpPart) -> Self {
+        let inside = Inside::of(&config, groups, part);
+        let layout = match &inside {
+            Some(inside) => Layout::of_part(&config, inside.heads, inside.inner),
+            None => Layout::of(&config),
+        };
+        // Ranks do not decode.
+        Self::with_layout(config, layout, inside, 0)
+    }
+
+    fn with_layout(config: ModelConfig, layout: Layout, inside: Option<Inside>, kv_bytes_max: usize) -> Self {
         Self {
             rope: Rope::new(&config),
             isa: Isa::best(),
@@ -83,11 +104,21 @@ impl CpuEngine {
             pool: Pool::new(layout.heads, kv_bytes_max),
             layout,
             config,
+            inside,
         }
     }
 
     fn run<'a>(&'a self, block: &'a CpuBlock) -> Run<'a> {
-        Run { isa: self.isa, layout: &self.layout, block }
+        Run { isa: self.isa, layout: &self.layout, block, inside: self.inside.as_ref() }
+    }
+
+    /// The row of the embedding that this rank has for an id.
+    fn row_of(&self, id: u32) -> Option<usize> {
+        let id = id as usize;
+        match &self.inside {
+            None => Some(id),
+            Some(inside) => inside.vocab.contains(&id).then(|| id - inside.vocab.start),
+        }
     }
 
     fn norm_row(&self, norm: &[f32], x: &[f32], y: &mut [f32]) {
@@ -125,6 +156,10 @@ impl BlockEngine for CpuEngine {
     }
 
     fn run_lanes<R: Send>(&self, count: usize, work: &(dyn Fn(usize) -> R + Sync)) -> Vec<R> {
+        if self.inside.is_some() {
+            // Tiles meet other ranks, so they come in order, and on this thread: one that waits must not hold up the pool.
+            return (0..count).map(work).collect();
+        }
         if count < self.lanes() {
             // On a thread of the pool, where spreading a kernel costs a fraction of what it costs from outside.
             return rayon::scope(|_| (0..count).map(work).collect());
@@ -138,7 +173,28 @@ impl BlockEngine for CpuEngine {
     }
 
     fn table(&self, values: &[f32]) -> Packed {
-        Packed::transposed(self.isa, values, self.config.vocab_size, self.config.hidden_size)
+        let h = self.config.hidden_size;
+        Packed::transposed(self.isa, values, values.len() / h, h)
+    }
+
+    fn lookup(&self, _values: &[f32]) -> Packed {
+        Packed::default()
+    }
+
+    fn table_bytes(&self, table: &Packed, _len: usize) -> usize {
+        table.bytes()
+    }
+
+    fn block_bytes(&self, block: &CpuBlock, _len: usize) -> usize {
+        block.bytes()
+    }
+
+    fn activations(&self, values: &[f32]) -> Arc<Buffer> {
+        Arc::new(Buffer::of(values))
+    }
+
+    fn values(&self, x: Arc<Buffer>) -> Result<Vec<f32>> {
+        Ok(x.to_vec())
     }
 
     fn embedding(&self, values: &[f32]) -> Packed {
@@ -148,7 +204,7 @@ impl BlockEngine for CpuEngine {
 
     fn refresh_table(&self, table: &mut Packed, values: &[f32]) {
         if table.n() > 0 {
-            let (h, v) = (self.config.hidden_size, self.config.vocab_size);
+            let (h, v) = (self.config.hidden_size, table.n());
             table.set_transposed(self.isa, values, h, v, h);
         }
     }
@@ -185,25 +241,33 @@ impl BlockEngine for CpuEngine {
         turns
     }
 
-    fn embed(&self, _table: &Packed, values: &[f32], ids: &[u32]) -> Arc<Buffer> {
+    fn embed(&self, _table: &Packed, values: &[f32], ids: &[u32]) -> Result<Arc<Buffer>> {
         let h = self.config.hidden_size;
         let mut x = Buffer::dirty(ids.len() * h);
         for (row, id) in x.chunks_exact_mut(h).zip(ids) {
-            row.copy_from_slice(&values[*id as usize * h..][..h]);
+            match self.row_of(*id) {
+                Some(id) => row.copy_from_slice(&values[id * h..][..h]),
+                None => row.fill(0.0),
+            }
         }
-        Arc::new(x)
+        if let Some(inside) = &self.inside {
+            inside.sum(&mut x)?;
+        }
+        Ok(Arc::new(x))
     }
 
     fn embed_vjp(&self, ids: &[u32], dy: Arc<Buffer>, grads: &mut [f32]) -> Result<()> {
         let h = self.config.hidden_size;
         for (id, dy) in ids.iter().zip(dy.chunks_exact(h)) {
-            rows::add(self.isa, &mut grads[*id as usize * h..][..h], dy);
+            if let Some(id) = self.row_of(*id) {
+                rows::add(self.isa, &mut grads[id * h..][..h], dy);
+            }
         }
         Ok(())
     }
 
-    fn block_forward(&self, block: &CpuBlock, turns: &Arc<Turns>, b: usize, x: Arc<Buffer>) -> Arc<Buffer> {
-        Arc::new(self.run(block).forward(turns, b, x).0)
+    fn block_forward(&self, block: &CpuBlock, turns: &Arc<Turns>, b: usize, x: Arc<Buffer>) -> Result<Arc<Buffer>> {
+        Ok(Arc::new(self.run(block).forward(turns, b, x)?.0))
     }
 
     fn saved_bytes(&self) -> usize {
@@ -217,10 +281,10 @@ impl BlockEngine for CpuEngine {
         b: usize,
         x: Arc<Buffer>,
         whole: bool,
-    ) -> (Arc<Buffer>, Saved) {
+    ) -> Result<(Arc<Buffer>, Saved)> {
         let input = x.clone();
-        let (y, found) = self.run(block).forward(turns, b, x);
-        (Arc::new(y), if whole { Saved::Whole(Box::new(found)) } else { Saved::Input(input) })
+        let (y, found) = self.run(block).forward(turns, b, x)?;
+        Ok((Arc::new(y), if whole { Saved::Whole(Box::new(found)) } else { Saved::Input(input) }))
     }
 
     fn block_backward(
@@ -245,9 +309,13 @@ impl BlockEngine for CpuEngine {
                 tile.map(|tile| self.run(block).backward(params, &tile.geometry, tile.b, tile.saved, tile.dy))
             });
             for pending in found.into_iter().flatten() {
-                dx.push(Arc::new(pending.add_to(self.isa, &self.layout, grads)));
+                dx.push(Arc::new(pending?.add_to(self.isa, &self.layout, grads)));
             }
         }
+    }
+
+    fn join_block_grads(&self, grads: &mut [f32]) -> Result<()> {
+        self.inside.as_ref().map_or(Ok(()), |inside| inside.join(&self.layout, grads))
     }
 
     fn final_norm(&self, norm: &Vec<f32>, x: Arc<Buffer>, rows: &[u32]) -> Result<Vec<f32>> {
@@ -277,7 +345,7 @@ impl BlockEngine for CpuEngine {
     }
 
     fn head(&self, table: &Packed, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {
-        let (h, v) = (self.config.hidden_size, self.config.vocab_size);
+        let (h, v) = (self.config.hidden_size, table.n());
         let m = hidden_rh.len() / h;
         // Every number is overwritten, so the old ones may stay.
         out.resize(m * v, 0.0);
@@ -293,7 +361,8 @@ impl BlockEngine for CpuEngine {
         dlogits_rv: &[f32],
         grads: &mut [f32],
     ) -> Result<Vec<f32>> {
-        let (h, v) = (self.config.hidden_size, self.config.vocab_size);
+        let h = self.config.hidden_size;
+        let v = values.len() / h;
         let m = hidden_rh.len() / h;
         let mut dhidden = vec![0.0; m * h];
         let back = Shape { m, n: h, k: v };
@@ -374,8 +443,8 @@ impl BlockEngine for CpuEngine {
                 });
             }
         });
-        let z = run.add_projected(&block.o, &mixed, &x);
-        Ok(Arc::new(run.feed_forward(&z).0))
+        let z = run.add_projected(&block.o, &mixed, &x)?;
+        Ok(Arc::new(run.feed_forward(&z)?.0))
     }
 }
 
@@ -426,7 +495,7 @@ mod tests {
         let flat = weights::random(&config, 1)[1..=config.block_params(0).len()].concat();
         let (block, n) = (engine.block(&flat), 12);
         let x = Arc::new(Buffer::zeros(n * config.hidden_size));
-        let (_, whole) = engine.run(&block).forward(&engine.geometry(6), 2, x);
+        let (_, whole) = engine.run(&block).forward(&engine.geometry(6), 2, x).unwrap();
         assert_eq!(whole.kept(), n * config.kept_width());
     }
 

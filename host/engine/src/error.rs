@@ -36,6 +36,9 @@ pub enum EngineError {
         /// How to mend it.
         hint: String,
     },
+    /// A rank that is late, gone, or does something else than the others.
+    #[error("{0}")]
+    Parallel(#[from] cosmos_parallel::ParallelError),
     /// Reading or writing failed.
     #[error("{}: {source}", path.display())]
     Io {
@@ -53,6 +56,7 @@ impl EngineError {
             Self::Checkpoint { hint, .. } | Self::Device { hint, .. } | Self::Invalid { hint, .. } => {
                 (!hint.is_empty()).then_some(hint.as_str())
             }
+            Self::Parallel(error) => error.hint(),
             Self::Io { .. } => None,
         }
     }

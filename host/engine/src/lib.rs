@@ -12,11 +12,13 @@ pub mod cpu_engine;
 pub mod divergence;
 pub mod error;
 pub mod generate;
+pub mod head;
 pub mod model;
 pub mod objective;
 pub mod optim;
 mod rope;
 pub mod score;
+pub mod sharded;
 pub mod walker;
 pub mod weights;
 

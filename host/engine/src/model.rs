@@ -1,10 +1,14 @@
 //! What a role may ask of a model, whatever engine runs it.
 
+use std::fmt;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
-use crate::Result;
+use cosmos_parallel::{Collective, Single};
+
 use crate::batch::{Position, TokenBatch};
+use crate::{EngineError, Result};
 
 mod config;
 pub use config::{Family, GenerationConfig, ModelConfig, RopeScaling};
@@ -26,10 +30,62 @@ impl ParamSpec {
     }
 }
 
+/// Which part of the vocabulary a rank's logits cover, and how it talks to the ranks that cover the rest.
+#[derive(Clone)]
+pub struct VocabShard {
+    /// First id of this rank.
+    pub first: usize,
+    /// Ids of this rank, at least one.
+    pub len: usize,
+    /// Ids of all ranks together.
+    pub vocab: usize,
+    /// The ranks whose parts make up the vocabulary. Each has the same rows in the same chunks; their parts need not lie in
+    /// the order of the ranks.
+    pub collective: Arc<dyn Collective>,
+}
+
+impl VocabShard {
+    /// The whole vocabulary on one rank.
+    pub fn whole(vocab: usize) -> Self {
+        Self { first: 0, len: vocab, vocab, collective: Arc::new(Single) }
+    }
+
+    /// Whether there is nobody to talk to.
+    pub fn is_whole(&self) -> bool {
+        self.len == self.vocab
+    }
+
+    /// Ids of this rank.
+    pub fn ids(&self) -> Range<usize> {
+        self.first..self.first + self.len
+    }
+}
+
+impl fmt::Debug for VocabShard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (rank, world) = (self.collective.rank(), self.collective.world());
+        write!(f, "ids {:?} of {}, rank {rank} of {world}", self.ids(), self.vocab)
+    }
+}
+
 /// The loss at the head of a model. The model computes logits chunk by chunk (rows = scored positions in the order
 /// given to [`Model::forward_backward`]); the loss turns each chunk into its own gradient. No tensor of
 /// all positions × vocabulary ever exists.
 pub trait HeadLoss {
+    /// Called before the first chunk where the vocabulary is cut over ranks: chunks are `[rows, shard.len]` then, and every
+    /// rank of `shard.collective` gets the same rows of its own ids.
+    ///
+    /// # Errors
+    /// A loss that needs the whole vocabulary at once (the default).
+    fn set_vocab_shard(&mut self, shard: &VocabShard) -> Result<()> {
+        if shard.is_whole() {
+            return Ok(());
+        }
+        Err(EngineError::invalid(
+            format!("this objective needs the whole vocabulary, the rank has {shard:?}"),
+            "set `tp_size` and `cp_size` to 1",
+        ))
+    }
     /// Whether `observe` must see every chunk once before the first `gradient` call (discounting, sequence-level ratios).
     fn needs_first_pass(&self) -> bool;
     /// First pass: the logits `[rows, vocab]` of a chunk, before temperature.
@@ -38,13 +94,34 @@ pub trait HeadLoss {
     fn gradient(&mut self, rows: Range<usize>, logits_rv: &mut [f32]) -> Result<()>;
 }
 
-/// Logits of another model at the same rows (the teacher, for full-vocabulary objectives).
+/// Logits of another model at the same rows (the teacher, for full-vocabulary objectives). Where the vocabulary is cut
+/// over ranks, both models are cut alike: a row holds the ids of the student's [`VocabShard`].
 pub trait LogitsSource {
     /// Logits `[rows, vocab]`, before temperature, row-major into `out` (cleared first).
     fn logits_rv(&mut self, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()>;
 }
 
+/// A part of a mini-batch that goes through the model at once.
+#[derive(Debug, Clone)]
+pub struct MicroBatch {
+    /// The sequences.
+    pub batch: TokenBatch,
+    /// The rows of the loss; may be empty where other ranks have more micro-batches than this one.
+    pub positions: Vec<Position>,
+}
+
+/// The losses of a list of micro-batches, made when they are needed.
+pub trait Losses {
+    /// Calls `run` once with the loss of micro-batch `index`. Called for each in rising order, and only on ranks that have
+    /// the head.
+    fn with(&mut self, index: usize, run: &mut dyn FnMut(&mut dyn HeadLoss) -> Result<()>) -> Result<()>;
+}
+
 /// A causal language model on some device. Host slices are f32.
+///
+/// A rank of a sharded model is a `Model` too. All ranks of a replica then call the same methods in the same order, those
+/// marked *collective* wait for each other, and `params`, `read_param`, `read_grad` and `update_params` are about the
+/// pieces that this rank holds (of every parameter of the model, some of them empty).
 pub trait Model: Send {
     /// Architecture.
     fn config(&self) -> &ModelConfig;
@@ -55,16 +132,59 @@ pub trait Model: Send {
     /// Replaces parameter `index`; the length must fit its shape.
     fn write_param(&mut self, index: usize, values: &[f32]) -> Result<()>;
 
-    /// Hidden states after the final norm at `positions`: `[positions, hidden]`.
+    /// Which rank of how many this is; none for a model that is not sharded.
+    fn rank(&self) -> Option<(usize, usize)> {
+        None
+    }
+    /// The parameters of the whole model, in the order of [`Model::params`].
+    fn whole_params(&self) -> &[ParamSpec] {
+        self.params()
+    }
+    /// Collective: parameter `index`, or a gradient or moment of its shape, from the ranks' pieces `local`; every rank gets
+    /// the whole.
+    fn gather(&self, index: usize, local: &[f32]) -> Result<Vec<f32>> {
+        let _ = index;
+        Ok(local.to_vec())
+    }
+    /// This rank's piece of `whole`, a tensor of the shape of parameter `index`.
+    fn cut(&self, index: usize, whole: &[f32]) -> Result<Vec<f32>> {
+        let _ = index;
+        Ok(whole.to_vec())
+    }
+
+    /// Collective. Hidden states after the final norm at `positions`: `[positions, hidden]`; empty on a rank without the
+    /// head.
     fn hidden_rh(&mut self, batch: &TokenBatch, positions: &[Position]) -> Result<Vec<f32>>;
-    /// The head over hidden states `[rows, hidden]`: logits `[rows, vocab]` into `out` (cleared first). Callers chunk.
+    /// Whether this rank has the head: all but the earlier stages of a pipeline.
+    fn has_head(&self) -> bool {
+        true
+    }
+    /// The ids that this rank's logits cover.
+    fn vocab_shard(&self) -> VocabShard {
+        VocabShard::whole(self.config().vocab_size)
+    }
+    /// Collective: makes the head ready for [`Model::head_logits_rv`], which then needs no other rank, so that ranks may
+    /// have different numbers of rows. Ready until the next collective call or change of parameters.
+    fn prepare_head(&mut self) -> Result<()> {
+        Ok(())
+    }
+    /// The head over hidden states `[rows, hidden]`: logits `[rows, vocab]` ([`Model::vocab_shard`]) into `out` (cleared
+    /// first). Callers chunk.
     fn head_logits_rv(&mut self, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()>;
     /// Rows of logits to hold at a time, from the vocabulary size and the chunk's memory bound.
     fn head_chunk_rows(&self) -> usize;
 
-    /// Forward, loss at `positions`, backward; *adds* into the gradients. Between the two passes it keeps what the engine
+    /// Collective. Forward, loss at `positions`, backward; *adds* into the gradients. Between the two passes it keeps what the engine
     /// can use within a bound, and each block's input beyond that, from which backward runs the block again.
     fn forward_backward(&mut self, batch: &TokenBatch, positions: &[Position], loss: &mut dyn HeadLoss) -> Result<()>;
+    /// Collective: as [`Model::forward_backward`] for each micro-batch, all ranks having the same number; a pipeline keeps
+    /// its stages busy with several.
+    fn forward_backward_each(&mut self, micro: &[MicroBatch], losses: &mut dyn Losses) -> Result<()> {
+        for (index, part) in micro.iter().enumerate() {
+            losses.with(index, &mut |loss| self.forward_backward(&part.batch, &part.positions, loss))?;
+        }
+        Ok(())
+    }
     /// Gradient of parameter `index` as accumulated; zeros where none was computed yet.
     fn read_grad(&self, index: usize) -> Vec<f32>;
     /// Calls `visit` with every parameter's gradient as accumulated, in order.
@@ -72,6 +192,12 @@ pub trait Model: Send {
         for index in 0..self.params().len() {
             visit(index, &self.read_grad(index));
         }
+    }
+    /// Collective: the sum of `square` over all gradients of the model, each counted once however many ranks hold it.
+    fn sum_of_squares(&self, square: &dyn Fn(&[f32]) -> f64) -> Result<f64> {
+        let mut sum = 0.0;
+        self.visit_grads(&mut |_, gradient| sum += square(gradient));
+        Ok(sum)
     }
     /// Sets all gradients to zero.
     fn zero_grads(&mut self);
@@ -81,6 +207,24 @@ pub trait Model: Send {
 
     /// A decoder with `slots` sequences of at most `capacity` tokens each (prompt and completion).
     fn decoder(&mut self, slots: usize, capacity: usize) -> Result<Box<dyn Decoder + '_>>;
+
+    /// What a rank of a sharded model holds; none for a model that is not sharded.
+    fn memory(&self) -> Option<RankMemory> {
+        None
+    }
+}
+
+/// Bytes that a rank of a sharded model holds, counted as they are allocated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RankMemory {
+    /// Its shards of the parameters.
+    pub params: usize,
+    /// Its shards of the gradients.
+    pub grads: usize,
+    /// Parameters put together for use, at most at any time, whatever form the engine keeps them in.
+    pub gathered_peak: usize,
+    /// Gradients of whole groups before they were handed out, at most at any time.
+    pub whole_grads_peak: usize,
 }
 
 /// A prompt to prefill. It is computed once and placed into every one of `slots`.

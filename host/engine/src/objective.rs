@@ -8,6 +8,7 @@
 //! Must not know: models, optimizers, where samples come from.
 
 mod divergence;
+mod facts;
 mod policy;
 mod report;
 mod sft;

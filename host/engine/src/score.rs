@@ -1,16 +1,16 @@
 //! Teacher scoring: log-probs of given tokens and top-k candidates, the head in chunks.
 
-use std::ops::Range;
-
 use rayon::prelude::*;
 
 use crate::batch::{Position, TokenBatch};
-use crate::model::{LogitsSource, Model};
+use crate::model::{Model, VocabShard};
 use crate::{EngineError, Result};
 
+pub(crate) mod shard;
 pub(crate) mod softmax;
 pub(crate) mod top;
 
+use shard::{PartStats, RowPart, RowWhole, pick};
 use softmax::{RowStats, apply_temperature};
 
 /// A candidate id that stands for "no candidate here".
@@ -84,7 +84,8 @@ struct RowScore {
 }
 
 /// Scores sequences in batches of `mini_batch`, longest together so that little is padded. Results come in the order of
-/// the requests. At most [`Model::head_chunk_rows`] rows of logits exist at a time.
+/// the requests; on a rank without the head they are empty. At most [`Model::head_chunk_rows`] rows of logits exist at a
+/// time.
 ///
 /// # Errors
 /// A request with nothing to score, ids outside the vocabulary or candidates of the wrong length, by its index; and
@@ -109,6 +110,12 @@ pub fn score(model: &mut dyn Model, requests: &[ScoreRequest<'_>], options: &Sco
             positions.extend((requests[i].first..requests[i].ids.len()).map(|target| Position { b, t: target - 1 }));
         }
         let hidden_rh = model.hidden_rh(&batch, &positions)?;
+        if options.head {
+            model.prepare_head()?;
+        }
+        if !model.has_head() {
+            continue;
+        }
         let width = row_width(&hidden_rh, positions.len())?;
         let mut row = 0;
         for &i in group {
@@ -179,7 +186,8 @@ pub struct Wanted<'a> {
 }
 
 /// The head over hidden states `[rows, hidden]`, chunk by chunk: log-probs of the targets and candidates and the top k.
-/// Each row is computed on its own, so neither the chunk size nor the order of rows changes a result.
+/// Each row is computed on its own, so neither the chunk size nor the order of rows changes a result. Where the vocabulary
+/// is cut over ranks, all of them give the same rows and get the same scores.
 pub fn head_logprobs(
     model: &mut dyn Model,
     hidden_rh: &[f32],
@@ -189,7 +197,9 @@ pub fn head_logprobs(
     let rows = wanted.targets.len();
     let width = row_width(hidden_rh, rows)?;
     let k = wanted.candidates.len() / rows;
-    let vocab = model.config().vocab_size;
+    let shard = model.vocab_shard();
+    shard::check(&shard)?;
+    let (vocab, own) = (shard.vocab, shard.len);
     let outside = |&id: &u32| id != ABSENT && id as usize >= vocab;
     if wanted.targets.iter().any(|&id| id as usize >= vocab) || wanted.candidates.iter().any(outside) {
         return Err(EngineError::invalid(format!("an id to score is outside the vocabulary of {vocab}"), ""));
@@ -201,20 +211,34 @@ pub fn head_logprobs(
     while start < rows {
         let end = rows.min(start + chunk_rows);
         model.head_logits_rv(&hidden_rh[start * width..end * width], &mut logits_rv)?;
-        if logits_rv.len() != (end - start) * vocab {
+        if logits_rv.len() != (end - start) * own {
             return Err(EngineError::invalid(
-                format!("the head gave {} logits for {} rows of {vocab}", logits_rv.len(), end - start),
+                format!("the head gave {} logits for {} rows of {own}", logits_rv.len(), end - start),
                 "",
             ));
         }
-        let parts: Vec<RowScore> = logits_rv
-            .par_chunks_mut(vocab)
-            .enumerate()
-            .map(|(r, z_v)| {
-                let row = start + r;
-                row_score(z_v, wanted.targets[row], &wanted.candidates[row * k..(row + 1) * k], options)
-            })
-            .collect();
+        let wanted_of = |r: usize| {
+            let row = start + r;
+            (wanted.targets[row], &wanted.candidates[row * k..(row + 1) * k])
+        };
+        let rows_v = logits_rv.par_chunks_mut(own).enumerate();
+        let parts: Vec<RowScore> = if shard.is_whole() {
+            rows_v
+                .map(|(r, z_v)| {
+                    let (target, candidates) = wanted_of(r);
+                    row_score(z_v, target, candidates, options)
+                })
+                .collect()
+        } else {
+            let parts: Vec<RowPart> = rows_v
+                .map(|(r, z_v)| {
+                    let (target, candidates) = wanted_of(r);
+                    row_part(&shard, z_v, target, candidates, options)
+                })
+                .collect();
+            let whole = shard::join(&shard, &parts, options.top_k)?;
+            whole.into_iter().map(|row| score_of(row, options.top_k.min(vocab))).collect()
+        };
         for part in parts {
             scored.logprobs.push(part.logprob);
             scored.entropy.push(part.entropy);
@@ -230,72 +254,39 @@ pub fn head_logprobs(
 
 fn row_score(z_v: &mut [f32], target: u32, candidates: &[u32], options: &ScoreOptions) -> RowScore {
     apply_temperature(z_v, options.temperature);
-    let mut top = top::top_k(z_v, options.top_k);
-    let Some(stats) = RowStats::of(z_v) else {
+    let logit = |&id: &u32| if id == ABSENT { f32::NEG_INFINITY } else { z_v[id as usize] };
+    let picked = std::iter::once(&target).chain(candidates).map(logit).collect();
+    let top = top::top_k(z_v, options.top_k);
+    let k = top.len();
+    score_of(RowWhole { own: RowStats::of(z_v), other: None, picked, top }, k)
+}
+
+/// What a rank knows of a row of which it has a part of the vocabulary.
+fn row_part(shard: &VocabShard, z_v: &mut [f32], target: u32, candidates: &[u32], options: &ScoreOptions) -> RowPart {
+    apply_temperature(z_v, options.temperature);
+    RowPart {
+        own: PartStats::of(z_v, shard.first),
+        other: None,
+        picked: std::iter::once(&target).chain(candidates).map(|&id| pick(shard, z_v, id)).collect(),
+        top: top::top_k_from(z_v, options.top_k, shard.first),
+    }
+}
+
+/// The scores of a row: the first of `picked` is the target's logit, the others the candidates'.
+fn score_of(row: RowWhole, k: usize) -> RowScore {
+    let RowWhole { own, mut picked, mut top, .. } = row;
+    let Some(stats) = own else {
+        // NaN may stand anywhere in the order; the ids only fill their places.
+        top.resize(k, (f32::NAN, 0));
         top.iter_mut().for_each(|t| t.0 = f32::NAN);
-        return RowScore {
-            logprob: f32::NAN,
-            entropy: f32::NAN,
-            top1: 0,
-            top,
-            candidates: vec![f32::NAN; candidates.len()],
-        };
+        picked.fill(f32::NAN);
+        return RowScore { logprob: f32::NAN, entropy: f32::NAN, top1: 0, top, candidates: picked.split_off(1) };
     };
     top.iter_mut().for_each(|t| t.0 = stats.log_prob(t.0) as f32);
-    let of = |&id: &u32| if id == ABSENT { f32::NEG_INFINITY } else { stats.log_prob(z_v[id as usize]) as f32 };
-    RowScore {
-        logprob: stats.log_prob(z_v[target as usize]) as f32,
-        entropy: stats.entropy as f32,
-        top1: stats.argmax,
-        top,
-        candidates: candidates.iter().map(of).collect(),
-    }
-}
-
-/// A teacher's logits, recomputed from its last hidden states when a full-vocabulary objective asks for them.
-pub struct HiddenLogits<'a> {
-    model: &'a mut dyn Model,
-    hidden_rh: Vec<f32>,
-    width: usize,
-    part_rv: Vec<f32>,
-}
-
-impl<'a> HiddenLogits<'a> {
-    /// From the hidden states `[rows, hidden]` of the samples in a loss's order, joined.
-    ///
-    /// # Errors
-    /// Hidden states whose size is not a multiple of the model's width.
-    pub fn new(model: &'a mut dyn Model, hidden_rh: Vec<f32>) -> Result<Self> {
-        let width = model.config().hidden_size;
-        if width == 0 || !hidden_rh.len().is_multiple_of(width) {
-            return Err(EngineError::invalid(
-                format!("{} hidden values are no whole rows of a model {width} wide", hidden_rh.len()),
-                "use the teacher that computed the hidden states",
-            ));
-        }
-        Ok(Self { model, hidden_rh, width, part_rv: Vec::new() })
-    }
-}
-
-impl LogitsSource for HiddenLogits<'_> {
-    fn logits_rv(&mut self, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
-        let width = self.width;
-        let have = self.hidden_rh.len() / width;
-        let Some(own_rh) = self.hidden_rh.get(rows.start * width..rows.end * width) else {
-            return Err(EngineError::invalid(
-                format!("teacher rows {rows:?} wanted, {have} kept"),
-                "keep the hidden states of every scored token",
-            ));
-        };
-        out.clear();
-        // The student's chunk may be larger than what the teacher's head should hold at once.
-        let step = self.model.head_chunk_rows().max(1) * width;
-        for part_rh in own_rh.chunks(step) {
-            self.model.head_logits_rv(part_rh, &mut self.part_rv)?;
-            out.extend_from_slice(&self.part_rv);
-        }
-        Ok(())
-    }
+    picked.iter_mut().for_each(|z| *z = stats.log_prob(*z) as f32);
+    let logprob = picked[0];
+    let (entropy, top1) = (stats.entropy as f32, stats.argmax);
+    RowScore { logprob, entropy, top1, top, candidates: picked.split_off(1) }
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::model::{Decoder, HeadLoss, Model, ModelConfig, ParamSpec};
 use crate::{EngineError, Result};
 
 mod decoder;
-mod tile;
+pub(crate) mod tile;
 use decoder::TransformerDecoder;
 use tile::{Tile, plan};
 
@@ -208,22 +208,24 @@ impl<E: BlockEngine> Transformer<E> {
     }
 
     /// Forward of all tiles: what each block keeps, and the output of the last.
-    fn forward_keep(&self, tiles: &[Tile], geometries: &[E::Geometry]) -> Vec<(Vec<E::Saved>, E::Tensor)> {
+    #[allow(clippy::type_complexity)] // a tile's two results
+    fn forward_keep(&self, tiles: &[Tile], geometries: &[E::Geometry]) -> Result<Vec<(Vec<E::Saved>, E::Tensor)>> {
         let tokens: usize = tiles.iter().map(|tile| tile.ids.len()).sum();
         let block_bytes = (self.engine.saved_bytes() * tokens).max(1);
         // The last blocks first: theirs is freed before the walk back comes to the others.
         let recomputed = self.layers().saturating_sub(KEPT_BYTES_MAX / block_bytes);
-        self.engine.run_lanes(tiles.len(), &|index| {
+        let found = self.engine.run_lanes(tiles.len(), &|index| {
             let (tile, geometry) = (&tiles[index], &geometries[index]);
-            let mut x = self.engine.embed(&self.device.embed, &self.groups[0], &tile.ids);
+            let mut x = self.engine.embed(&self.device.embed, &self.groups[0], &tile.ids)?;
             let mut kept = Vec::with_capacity(self.layers());
             for (layer, block) in self.device.blocks.iter().enumerate() {
-                let (y, saved) = self.engine.block_forward_keep(block, geometry, tile.b(), x, layer >= recomputed);
+                let (y, saved) = self.engine.block_forward_keep(block, geometry, tile.b(), x, layer >= recomputed)?;
                 kept.push(saved);
                 x = y;
             }
-            (kept, x)
-        })
+            Ok((kept, x))
+        });
+        found.into_iter().collect()
     }
 
     /// Backward through the final norm: the gradient at the last block's output, tile by tile.
@@ -285,9 +287,9 @@ impl<E: BlockEngine> Model for Transformer<E> {
         let geometries = self.geometries(&tiles);
         let found = self.engine.run_lanes(tiles.len(), &|index| {
             let (tile, geometry) = (&tiles[index], &geometries[index]);
-            let mut x = self.engine.embed(&self.device.embed, &self.groups[0], &tile.ids);
+            let mut x = self.engine.embed(&self.device.embed, &self.groups[0], &tile.ids)?;
             for block in &self.device.blocks {
-                x = self.engine.block_forward(block, geometry, tile.b(), x);
+                x = self.engine.block_forward(block, geometry, tile.b(), x)?;
             }
             self.engine.final_norm(&self.device.norm, x, &tile.wanted)
         });
@@ -315,7 +317,7 @@ impl<E: BlockEngine> Model for Transformer<E> {
         self.refresh();
         let tiles = plan(batch, positions, self.config(), self.engine.tile_tokens())?;
         let geometries = self.geometries(&tiles);
-        let (mut kept, outputs): (Vec<_>, Vec<_>) = self.forward_keep(&tiles, &geometries).into_iter().unzip();
+        let (mut kept, outputs): (Vec<_>, Vec<_>) = self.forward_keep(&tiles, &geometries)?.into_iter().unzip();
         let found = self.engine.run_lanes(tiles.len(), &|index| {
             self.engine.final_norm(&self.device.norm, outputs[index].clone(), &tiles[index].wanted)
         });

@@ -72,6 +72,88 @@ pub enum ParallelError {
         /// The length that the other buffer asks for.
         expected: usize,
     },
+    /// More bytes than the ranks have agreed on.
+    #[error("`{operation}`: rank {rank} brings {bytes} bytes; at most {bytes_max} are allowed")]
+    TooLarge {
+        /// The collective.
+        operation: &'static str,
+        /// The rank.
+        rank: usize,
+        /// The bytes it brings.
+        bytes: usize,
+        /// The most that are allowed.
+        bytes_max: usize,
+    },
+    /// A connection to a rank that ended, or on which nonsense came.
+    #[error("`{operation}`: lost rank {rank} at {address}: {reason}")]
+    Lost {
+        /// The collective, or `connect`.
+        operation: &'static str,
+        /// The rank.
+        rank: usize,
+        /// Its address.
+        address: String,
+        /// What happened.
+        reason: String,
+    },
+    /// Ranks in other processes that did not come in time.
+    #[error("`{operation}`: waited {waited_ms} ms for {}", missing.join(", "))]
+    Missing {
+        /// The collective, or `connect`.
+        operation: &'static str,
+        /// The ranks with their addresses, as far as they are known.
+        missing: Vec<String>,
+        /// How long.
+        waited_ms: u64,
+    },
+    /// A wait for other ranks that was ended from outside, as [`crate::SocketOptions::stop`] asked.
+    #[error("`{operation}`: the other ranks are not waited for any longer")]
+    Stopped {
+        /// The collective, or `connect`.
+        operation: &'static str,
+    },
+    /// A group that does not take this rank.
+    #[error("rank {rank} at {address} refuses this rank: {reason}")]
+    Refused {
+        /// The rank that refuses.
+        rank: usize,
+        /// Its address.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// A call to NCCL that failed or did not end.
+    #[error("`{operation}`: NCCL at rank {rank}: {reason}")]
+    Nccl {
+        /// The collective, or `connect`.
+        operation: &'static str,
+        /// The rank that found out.
+        rank: usize,
+        /// What the library or the driver said.
+        reason: String,
+    },
+    /// A library of the machine that cannot be used.
+    #[error("{library} cannot be loaded: {}", tried.join(", "))]
+    NoLibrary {
+        /// Its name.
+        library: &'static str,
+        /// What was tried, and why it failed.
+        tried: Vec<String>,
+    },
+    /// A group that cannot be made.
+    #[error("cannot make the group: {reason}")]
+    BadGroup {
+        /// What is wrong.
+        reason: String,
+    },
+    /// A rank that gave up for a reason of its own.
+    #[error("rank {rank} failed: {reason}")]
+    Failed {
+        /// The rank.
+        rank: usize,
+        /// Its error.
+        reason: String,
+    },
     /// Ranks that called different collectives, or the same with other sizes.
     #[error("rank {rank} called {called} while rank {other} called {other_called}")]
     Disagreement {
@@ -131,8 +213,20 @@ impl ParallelError {
             ParallelError::BatchDoesNotDivide { .. } => {
                 Some("choose a `train_batch_per_replica` that is a multiple of dp_shard × `mini_batch`")
             }
-            ParallelError::TimedOut { .. } | ParallelError::PeerGone { .. } | ParallelError::Broken { .. } => {
-                Some("look at the log of the rank that is named: it failed first")
+            ParallelError::TimedOut { .. }
+            | ParallelError::PeerGone { .. }
+            | ParallelError::Lost { .. }
+            | ParallelError::Broken { .. }
+            | ParallelError::Failed { .. } => Some("look at the log of the rank that is named: it failed first"),
+            ParallelError::Nccl { .. } => Some("`NCCL_DEBUG=INFO` makes NCCL tell more; see the other ranks' logs too"),
+            ParallelError::NoLibrary { .. } => Some(
+                "install it (the wheel `nvidia-nccl-cu12` will do), and name NCCL's file or folder in `COSMOS_NCCL`",
+            ),
+            ParallelError::Missing { .. } => {
+                Some("see whether the process that is named runs, and whether its address is reachable from here")
+            }
+            ParallelError::Refused { .. } => {
+                Some("all ranks of a group need the same token, attempt and number of ranks, and a number of their own")
             }
             _ => None,
         }

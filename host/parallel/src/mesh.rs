@@ -106,6 +106,8 @@ pub enum SubMesh {
     DpCp,
     /// The former × `tp`.
     DpCpTp,
+    /// `cp` × `tp`: the ranks that divide the vocabulary at the head.
+    CpTp,
     /// `pp` × `tp`: the ranks that hold one copy of the model between them.
     Mp,
     /// `pp` × `cp` × `tp`: the ranks that work on the same samples.
@@ -115,6 +117,38 @@ pub enum SubMesh {
 }
 
 impl SubMesh {
+    /// Every kind of group.
+    pub const ALL: [SubMesh; 13] = [
+        SubMesh::Along(Axis::Pp),
+        SubMesh::Along(Axis::DpReplicate),
+        SubMesh::Along(Axis::DpShard),
+        SubMesh::Along(Axis::Cp),
+        SubMesh::Along(Axis::Tp),
+        SubMesh::Dp,
+        SubMesh::DpShardCp,
+        SubMesh::DpCp,
+        SubMesh::DpCpTp,
+        SubMesh::CpTp,
+        SubMesh::Mp,
+        SubMesh::PpCpTp,
+        SubMesh::World,
+    ];
+
+    /// Its place in [`SubMesh::ALL`].
+    pub(crate) fn index(self) -> usize {
+        match self {
+            SubMesh::Along(axis) => axis as usize,
+            SubMesh::Dp => 5,
+            SubMesh::DpShardCp => 6,
+            SubMesh::DpCp => 7,
+            SubMesh::DpCpTp => 8,
+            SubMesh::CpTp => 9,
+            SubMesh::Mp => 10,
+            SubMesh::PpCpTp => 11,
+            SubMesh::World => 12,
+        }
+    }
+
     /// The axes, outermost first.
     pub fn axes(self) -> &'static [Axis] {
         match self {
@@ -127,6 +161,7 @@ impl SubMesh {
             SubMesh::DpShardCp => &[Axis::DpShard, Axis::Cp],
             SubMesh::DpCp => &[Axis::DpReplicate, Axis::DpShard, Axis::Cp],
             SubMesh::DpCpTp => &[Axis::DpReplicate, Axis::DpShard, Axis::Cp, Axis::Tp],
+            SubMesh::CpTp => &[Axis::Cp, Axis::Tp],
             SubMesh::Mp => &[Axis::Pp, Axis::Tp],
             SubMesh::PpCpTp => &[Axis::Pp, Axis::Cp, Axis::Tp],
             SubMesh::World => &Axis::ALL,
@@ -141,6 +176,11 @@ pub struct Mesh {
 }
 
 impl Mesh {
+    /// The mesh of one rank.
+    pub fn one() -> Mesh {
+        Mesh { sizes: [1; 5] }
+    }
+
     /// A mesh of `world` ranks.
     ///
     /// # Errors
@@ -342,18 +382,6 @@ mod tests {
         })
     }
 
-    const SUBS: [SubMesh; 9] = [
-        SubMesh::Along(Axis::Pp),
-        SubMesh::Along(Axis::Tp),
-        SubMesh::Dp,
-        SubMesh::DpShardCp,
-        SubMesh::DpCp,
-        SubMesh::DpCpTp,
-        SubMesh::Mp,
-        SubMesh::PpCpTp,
-        SubMesh::World,
-    ];
-
     proptest! {
         #[test]
         fn ranks_and_coordinates_are_one_to_one(mesh in meshes()) {
@@ -364,7 +392,8 @@ mod tests {
 
         #[test]
         fn groups_split_the_world(mesh in meshes()) {
-            for sub in SUBS {
+            for (index, sub) in SubMesh::ALL.into_iter().enumerate() {
+                prop_assert_eq!(sub.index(), index);
                 let mut all: Vec<usize> = mesh.groups(sub).concat();
                 all.sort();
                 prop_assert_eq!(all, (0..mesh.world()).collect::<Vec<_>>());

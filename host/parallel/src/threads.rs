@@ -1,13 +1,15 @@
 //! Collectives between threads of one process.
 //!
-//! A round is one collective. Each rank posts what it brings; the last to come computes the outcome in the order of the
-//! ranks; each takes the outcome; the last to take it opens the next round.
+//! A round is an exchange: each rank posts what it brings; when all have posted, each takes all posts, without a copy; the
+//! last to take them opens the next round. What comes of the posts each rank computes for itself, outside the lock and in
+//! the order of the ranks. A long sum takes two rounds: each rank sums its part, then the parts are exchanged.
 
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-use crate::collective::check_parts;
+use crate::collective::{check_all_to_all, check_bytes, check_parts, check_peer, check_root, larger};
 use crate::{Collective, Mesh, ParallelError, Result, SubMesh};
 
 /// Makes groups of ranks that are threads of one process.
@@ -32,7 +34,8 @@ impl ThreadGroup {
     }
 }
 
-fn group(names: Vec<usize>, wait_ms_max: u64) -> Vec<ThreadRank> {
+/// A group whose ranks are called `names` in messages.
+pub(crate) fn group(names: Vec<usize>, wait_ms_max: u64) -> Vec<ThreadRank> {
     let world = names.len();
     let state = State {
         round: 0,
@@ -40,10 +43,17 @@ fn group(names: Vec<usize>, wait_ms_max: u64) -> Vec<ThreadRank> {
         posted: vec![None; world],
         outcome: None,
         taken: vec![false; world],
+        mail: HashMap::new(),
         gone: vec![None; world],
         broken: None,
     };
-    let shared = Arc::new(Shared { names, wait_ms_max, state: Mutex::new(state), changed: Condvar::new() });
+    let shared = Arc::new(Shared {
+        names,
+        wait_ms_max,
+        state: Mutex::new(state),
+        changed: Condvar::new(),
+        siblings: OnceLock::new(),
+    });
     (0..world).map(|rank| ThreadRank { rank, shared: shared.clone(), rounds: Mutex::new(0) }).collect()
 }
 
@@ -55,26 +65,53 @@ pub struct ThreadRank {
     rounds: Mutex<u64>,
 }
 
-struct Shared {
+pub(crate) struct Shared {
     /// The ranks' numbers in messages.
     names: Vec<usize>,
     wait_ms_max: u64,
     state: Mutex<State>,
     changed: Condvar,
+    /// Groups that fail when this one does.
+    siblings: OnceLock<Vec<Weak<Shared>>>,
 }
 
 struct State {
     round: u64,
     /// Who called first in this round, and what.
     call: Option<(usize, Call)>,
-    posted: Vec<Option<Vec<f32>>>,
-    outcome: Option<Arc<Vec<f32>>>,
+    posted: Vec<Option<Post>>,
+    outcome: Option<Arc<Vec<Post>>>,
     taken: Vec<bool>,
+    /// What was sent from a rank to another and not yet received.
+    mail: HashMap<(usize, usize), VecDeque<Vec<f32>>>,
     /// Ranks whose handle was dropped, and whether in a panic.
     gone: Vec<Option<bool>>,
-    /// Who found out that the group has failed, and what it found.
+    /// The name of who found out that the group has failed, and what it found.
     broken: Option<(usize, ParallelError)>,
 }
+
+/// What a rank brings to a round. The others read it where it is.
+#[derive(Clone)]
+enum Post {
+    Values(Arc<Vec<f32>>),
+    Bytes(Arc<Vec<u8>>),
+}
+
+impl Post {
+    fn values(&self) -> &[f32] {
+        match self {
+            Post::Values(values) => values,
+            // The ranks of a round agree on its operation, and an operation brings one kind.
+            Post::Bytes(_) => &[],
+        }
+    }
+}
+
+/// Messages that may wait between two ranks before `send` does.
+const MAIL_MAX: usize = 64;
+
+/// Sums of more values are shared out among the ranks: each sums its part, in the order of the ranks.
+const SMALL_VALUES_MAX: usize = 4096;
 
 /// A collective as its ranks must agree on it.
 #[derive(Clone, Copy, PartialEq)]
@@ -99,13 +136,8 @@ impl fmt::Debug for ThreadRank {
 }
 
 impl ThreadRank {
-    /// One collective: brings `values`, and gets what `combine` makes of all ranks' values.
-    fn round(
-        &self,
-        call: Call,
-        values: Vec<f32>,
-        combine: impl FnOnce(&[Vec<f32>]) -> Vec<f32>,
-    ) -> Result<Arc<Vec<f32>>> {
+    /// One round: brings `post`, and gets what all ranks brought, by rank.
+    fn exchange(&self, call: Call, post: Post) -> Result<Arc<Vec<Post>>> {
         let mut rounds = self.rounds.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let begun = Instant::now();
         let shared = &*self.shared;
@@ -113,9 +145,9 @@ impl ThreadRank {
         // The ranks may still be taking the outcome of the round before.
         while state.round < *rounds {
             let behind = |state: &State, rank: usize| !state.taken[rank];
-            state = self.sleep(state, call, begun, behind)?;
+            state = self.sleep(state, call.operation, begun, behind)?;
         }
-        state.healthy(call.operation, &shared.names)?;
+        state.healthy(call.operation)?;
         let (first, agreed) = *state.call.get_or_insert((self.rank, call));
         if agreed != call {
             let error = ParallelError::Disagreement {
@@ -126,10 +158,10 @@ impl ThreadRank {
             };
             return Err(self.break_group(state, error));
         }
-        state.posted[self.rank] = Some(values);
+        state.posted[self.rank] = Some(post);
         if state.posted.iter().all(Option::is_some) {
-            let posted: Vec<Vec<f32>> = state.posted.iter_mut().filter_map(Option::take).collect();
-            state.outcome = Some(Arc::new(combine(&posted)));
+            let posted: Vec<Post> = state.posted.iter_mut().filter_map(Option::take).collect();
+            state.outcome = Some(Arc::new(posted));
             shared.changed.notify_all();
         }
         let outcome = loop {
@@ -137,7 +169,7 @@ impl ThreadRank {
                 break outcome.clone();
             }
             let missing = |state: &State, rank: usize| state.posted[rank].is_none();
-            state = self.sleep(state, call, begun, missing)?;
+            state = self.sleep(state, call.operation, begun, missing)?;
         };
         state.taken[self.rank] = true;
         if state.taken.iter().all(|taken| *taken) {
@@ -148,18 +180,53 @@ impl ThreadRank {
         Ok(outcome)
     }
 
+    fn exchange_values(&self, call: Call, values: Vec<f32>) -> Result<Arc<Vec<Post>>> {
+        self.exchange(call, Post::Values(Arc::new(values)))
+    }
+
+    /// Reduces `values` over the ranks, in their order. Of a long buffer each rank reduces its part only, so that the work
+    /// of a rank does not grow with the number of ranks.
+    fn reduce(&self, operation: &'static str, values: &mut [f32], join: fn(f32, f32) -> f32) -> Result<()> {
+        let (len, world) = (values.len(), self.world());
+        let call = Call { operation, len, root: None };
+        let posted = self.exchange_values(call, values.to_vec())?;
+        if len <= SMALL_VALUES_MAX {
+            reduce_into(&posted, 0, values, join);
+            return Ok(());
+        }
+        let part = len.div_ceil(world);
+        let range = |rank: usize| (rank * part).min(len)..((rank + 1) * part).min(len);
+        let mine = range(self.rank);
+        let mut reduced = vec![0.0; mine.len()];
+        reduce_into(&posted, mine.start, &mut reduced, join);
+        drop(posted);
+        let parts = self.exchange_values(call, reduced)?;
+        for (rank, part) in parts.iter().enumerate() {
+            values[range(rank)].copy_from_slice(part.values());
+        }
+        Ok(())
+    }
+
+    /// Lets the group and those that stand with it fail, for a reason that has nothing to do with a collective.
+    pub(crate) fn fail(&self, error: ParallelError) {
+        self.break_group(self.shared.lock(), error);
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     /// Sleeps until something changes. Fails when the group has failed, when a rank that is `waited_for` is gone, and at the
     /// deadline.
     fn sleep<'a>(
         &'a self,
         state: MutexGuard<'a, State>,
-        call: Call,
+        operation: &'static str,
         begun: Instant,
         waited_for: impl Fn(&State, usize) -> bool,
     ) -> Result<MutexGuard<'a, State>> {
         let shared = &*self.shared;
-        let operation = call.operation;
-        state.healthy(operation, &shared.names)?;
+        state.healthy(operation)?;
         let missing: Vec<usize> = (0..shared.names.len()).filter(|rank| waited_for(&state, *rank)).collect();
         if let Some((rank, panicked)) = missing.iter().find_map(|rank| Some((*rank, state.gone[*rank]?))) {
             let error = ParallelError::PeerGone { operation, rank: shared.names[rank], panicked };
@@ -176,10 +243,13 @@ impl ThreadRank {
     }
 
     /// Lets the other ranks know, and returns the error.
-    fn break_group(&self, mut state: MutexGuard<'_, State>, error: ParallelError) -> ParallelError {
-        state.broken.get_or_insert((self.rank, error.clone()));
+    fn break_group(&self, state: MutexGuard<'_, State>, error: ParallelError) -> ParallelError {
         drop(state);
-        self.shared.changed.notify_all();
+        let name = self.shared.names[self.rank];
+        self.shared.set_broken(name, &error);
+        for sibling in self.shared.siblings.get().into_iter().flatten().filter_map(Weak::upgrade) {
+            sibling.set_broken(name, &error);
+        }
         error
     }
 }
@@ -189,15 +259,23 @@ impl Shared {
         // A rank that panics inside a round leaves its post missing, and its handle's drop names it.
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+
+    fn set_broken(&self, name: usize, error: &ParallelError) {
+        self.lock().broken.get_or_insert_with(|| (name, error.clone()));
+        self.changed.notify_all();
+    }
+
+    /// Groups that fail when this one does; the first call counts.
+    pub(crate) fn stand_with(&self, siblings: Vec<Weak<Shared>>) {
+        self.siblings.get_or_init(|| siblings);
+    }
 }
 
 impl State {
-    fn healthy(&self, operation: &'static str, names: &[usize]) -> Result<()> {
+    fn healthy(&self, operation: &'static str) -> Result<()> {
         match &self.broken {
             None => Ok(()),
-            Some((rank, error)) => {
-                Err(ParallelError::Broken { operation, rank: names[*rank], reason: error.to_string() })
-            }
+            Some((rank, error)) => Err(ParallelError::Broken { operation, rank: *rank, reason: error.to_string() }),
         }
     }
 
@@ -211,20 +289,36 @@ impl State {
 
 impl Drop for ThreadRank {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let name = self.shared.names[self.rank];
+            let reason = ParallelError::Failed { rank: name, reason: "it panicked".into() };
+            for sibling in self.shared.siblings.get().into_iter().flatten().filter_map(Weak::upgrade) {
+                if !Arc::ptr_eq(&sibling, &self.shared) {
+                    sibling.set_broken(name, &reason);
+                }
+            }
+        }
         self.shared.lock().gone[self.rank] = Some(std::thread::panicking());
         self.shared.changed.notify_all();
     }
 }
 
-/// The sum over ranks, in their order.
-fn sum(posted: &[Vec<f32>]) -> Vec<f32> {
-    let mut total = posted.first().cloned().unwrap_or_default();
-    for values in posted.iter().skip(1) {
-        for (sum, value) in total.iter_mut().zip(values) {
-            *sum += value;
+/// Reduces, in the order of the ranks, the values of all ranks from place `start` on.
+fn reduce_into(posted: &[Post], start: usize, reduced: &mut [f32], join: fn(f32, f32) -> f32) {
+    for (rank, post) in posted.iter().enumerate() {
+        let values = &post.values()[start..];
+        if rank == 0 {
+            reduced.copy_from_slice(&values[..reduced.len()]);
+        } else {
+            for (total, value) in reduced.iter_mut().zip(values) {
+                *total = join(*total, *value);
+            }
         }
     }
-    total
+}
+
+fn add(a: f32, b: f32) -> f32 {
+    a + b
 }
 
 impl Collective for ThreadRank {
@@ -237,40 +331,107 @@ impl Collective for ThreadRank {
     }
 
     fn all_reduce_sum(&self, values: &mut [f32]) -> Result<()> {
-        let call = Call { operation: "all_reduce_sum", len: values.len(), root: None };
-        values.copy_from_slice(&self.round(call, values.to_vec(), sum)?);
-        Ok(())
+        self.reduce("all_reduce_sum", values, add)
+    }
+
+    fn all_reduce_max(&self, values: &mut [f32]) -> Result<()> {
+        self.reduce("all_reduce_max", values, larger)
     }
 
     fn all_gather(&self, mine: &[f32], all: &mut [f32]) -> Result<()> {
         let call = Call { operation: "all_gather", len: mine.len(), root: None };
         check_parts(call.operation, mine.len(), all.len(), self.world())?;
-        all.copy_from_slice(&self.round(call, mine.to_vec(), |posted| posted.concat())?);
+        let posted = self.exchange_values(call, mine.to_vec())?;
+        if !mine.is_empty() {
+            for (part, post) in all.chunks_exact_mut(mine.len()).zip(posted.iter()) {
+                part.copy_from_slice(post.values());
+            }
+        }
         Ok(())
     }
 
     fn reduce_scatter_sum(&self, all: &[f32], mine: &mut [f32]) -> Result<()> {
         let call = Call { operation: "reduce_scatter_sum", len: all.len(), root: None };
         check_parts(call.operation, mine.len(), all.len(), self.world())?;
-        let total = self.round(call, all.to_vec(), sum)?;
-        let start = self.rank * mine.len();
-        mine.copy_from_slice(&total[start..start + mine.len()]);
+        let posted = self.exchange_values(call, all.to_vec())?;
+        reduce_into(&posted, self.rank * mine.len(), mine, add);
         Ok(())
     }
 
     fn broadcast(&self, root: usize, values: &mut [f32]) -> Result<()> {
-        if root >= self.world() {
-            return Err(ParallelError::NoSuchRank { rank: root, world: self.world() });
-        }
+        check_root(root, self.world())?;
         let call = Call { operation: "broadcast", len: values.len(), root: Some(root) };
         let mine = if root == self.rank { values.to_vec() } else { Vec::new() };
-        values.copy_from_slice(&self.round(call, mine, |posted| posted[root].clone())?);
+        let posted = self.exchange_values(call, mine)?;
+        if root != self.rank {
+            values.copy_from_slice(posted[root].values());
+        }
         Ok(())
     }
 
     fn barrier(&self) -> Result<()> {
         let call = Call { operation: "barrier", len: 0, root: None };
-        self.round(call, Vec::new(), |_| Vec::new()).map(drop)
+        self.exchange_values(call, Vec::new()).map(drop)
+    }
+
+    fn all_to_all(&self, send: &[f32], received: &mut [f32]) -> Result<()> {
+        let part = check_all_to_all(send.len(), received.len(), self.world())?;
+        let call = Call { operation: "all_to_all", len: send.len(), root: None };
+        let posted = self.exchange_values(call, send.to_vec())?;
+        if part > 0 {
+            for (received, post) in received.chunks_exact_mut(part).zip(posted.iter()) {
+                received.copy_from_slice(&post.values()[self.rank * part..][..part]);
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&self, to: usize, values: &[f32]) -> Result<()> {
+        check_peer(to, self.rank, self.world())?;
+        let (operation, begun) = ("send", Instant::now());
+        let between = (self.rank, to);
+        let mut state = self.shared.lock();
+        state.healthy(operation)?;
+        while state.mail.get(&between).is_some_and(|mail| mail.len() >= MAIL_MAX) {
+            state = self.sleep(state, operation, begun, |_, rank| rank == to)?;
+        }
+        state.mail.entry(between).or_default().push_back(values.to_vec());
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    fn recv(&self, from: usize, values: &mut [f32]) -> Result<()> {
+        check_peer(from, self.rank, self.world())?;
+        let (operation, begun) = ("recv", Instant::now());
+        let mut state = self.shared.lock();
+        let sent = loop {
+            if let Some(sent) = state.mail.get_mut(&(from, self.rank)).and_then(VecDeque::pop_front) {
+                break sent;
+            }
+            state = self.sleep(state, operation, begun, |_, rank| rank == from)?;
+        };
+        if sent.len() != values.len() {
+            let error = ParallelError::BadLength { operation, given: values.len(), expected: sent.len() };
+            return Err(self.break_group(state, error));
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+        values.copy_from_slice(&sent);
+        Ok(())
+    }
+
+    fn all_gather_bytes(&self, mine: &[u8], bytes_max: usize) -> Result<Vec<Vec<u8>>> {
+        let operation = "all_gather_bytes";
+        if let Err(error) = check_bytes(operation, self.shared.names[self.rank], mine.len(), bytes_max) {
+            return Err(self.break_group(self.shared.lock(), error));
+        }
+        let call = Call { operation, len: bytes_max, root: None };
+        let posted = self.exchange(call, Post::Bytes(Arc::new(mine.to_vec())))?;
+        let bytes = |post: &Post| match post {
+            Post::Bytes(bytes) => bytes.to_vec(),
+            Post::Values(_) => Vec::new(),
+        };
+        Ok(posted.iter().map(bytes).collect())
     }
 }
 

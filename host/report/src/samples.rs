@@ -16,6 +16,9 @@ pub struct SampleRecord {
     pub sample: String,
     /// The version of the weights that wrote it.
     pub weight_version: u64,
+    /// Which weights wrote which tokens, as runs in their order: version and number of tokens.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub weight_versions: Vec<(u64, u32)>,
     /// The prompt as the model saw it.
     pub prompt: String,
     /// The completion, without special tokens; of a conversation the model's last message.

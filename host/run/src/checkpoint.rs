@@ -3,6 +3,9 @@
 //! `checkpoints/step_00000030/` holds `model.safetensors` (f32 master weights), `optimizer.safetensors`, `state.json`
 //! (controller, completions in flight, counters) and `manifest.json`, which lists the others with their sizes and
 //! SHA-256. A folder without a manifest, or whose files differ from it, is never loaded; the newest good one is.
+//!
+//! Tensors are whole, whatever mesh they were trained on. Many of them lie in several files,
+//! `model-00001-of-00003.safetensors` and so on, so that neither writing nor reading holds all of them twice.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -17,9 +20,12 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Result, RunError};
 
-/// Layout version written into manifests.
-const FORMAT: u32 = 1;
+/// Layout version written into manifests. 1 had another controller in `state.json`; its weights are still read.
+const FORMAT: u32 = 2;
+const FORMATS_READ: [u32; 2] = [1, FORMAT];
 const MANIFEST: &str = "manifest.json";
+/// Tensors of one file, in bytes; a single larger tensor has a file of its own.
+const SHARD_BYTES_MAX: u64 = 4 << 30;
 /// A manifest lists a handful of files; anything larger is not one of ours.
 const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 
@@ -129,15 +135,17 @@ pub fn write(root: &Path, snapshot: &Snapshot, model_source: &Path) -> Result<Pa
 
 fn write_files(folder: &Path, snapshot: &Snapshot, model_source: &Path) -> Result<()> {
     let mut files = BTreeMap::new();
+    for (stem, tensors) in [(MODEL, &snapshot.model), (OPTIMIZER, &snapshot.optimizer)] {
+        let shards = shards(tensors, SHARD_BYTES_MAX);
+        for (index, shard) in shards.iter().enumerate() {
+            let name = shard_name(stem, index, shards.len());
+            let entry = write_synced(&folder.join(&name), &serialize(shard, folder)?)?;
+            files.insert(name, entry);
+        }
+    }
     let state = serde_json::to_vec_pretty(&snapshot.state)
         .map_err(|e| broken(folder, format!("the run's state cannot be written: {e}")))?;
-    for (name, bytes) in [
-        ("model.safetensors", serialize(&snapshot.model, folder)?),
-        ("optimizer.safetensors", serialize(&snapshot.optimizer, folder)?),
-        ("state.json", state),
-    ] {
-        files.insert(name.to_string(), write_synced(&folder.join(name), &bytes)?);
-    }
+    files.insert(STATE.to_string(), write_synced(&folder.join(STATE), &state)?);
     let manifest = Manifest {
         format: FORMAT,
         step: snapshot.step,
@@ -149,6 +157,49 @@ fn write_files(folder: &Path, snapshot: &Snapshot, model_source: &Path) -> Resul
     // Last, so that a folder with a manifest has all its files.
     write_synced(&folder.join(MANIFEST), &text)?;
     sync_folder(folder)
+}
+
+const MODEL: &str = "model";
+const OPTIMIZER: &str = "optimizer";
+const STATE: &str = "state.json";
+
+/// Consecutive tensors of at most `bytes_max` together; one shard at least.
+fn shards(tensors: &[HostTensor], bytes_max: u64) -> Vec<&[HostTensor]> {
+    let bytes = |t: &HostTensor| 4 * t.values.len() as u64;
+    let mut shards = Vec::new();
+    let (mut start, mut held) = (0, 0);
+    for (index, tensor) in tensors.iter().enumerate() {
+        if index > start && held + bytes(tensor) > bytes_max {
+            shards.push(&tensors[start..index]);
+            (start, held) = (index, 0);
+        }
+        held += bytes(tensor);
+    }
+    shards.push(&tensors[start..]);
+    shards
+}
+
+fn shard_name(stem: &str, index: usize, count: usize) -> String {
+    match count {
+        1 => format!("{stem}.safetensors"),
+        _ => format!("{stem}-{:05}-of-{count:05}.safetensors", index + 1),
+    }
+}
+
+/// The files of a manifest that hold the tensors of `stem`, in order. Every number of a set must be there.
+fn shard_files<'a>(manifest: &'a Manifest, stem: &str, folder: &Path) -> Result<Vec<&'a str>> {
+    let is_one = |name: &str| {
+        name.strip_prefix(stem)
+            .and_then(|rest| rest.strip_suffix(".safetensors"))
+            .is_some_and(|middle| middle.is_empty() || middle.starts_with('-'))
+    };
+    let names: Vec<&str> = manifest.files.keys().map(String::as_str).filter(|name| is_one(name)).collect();
+    let complete = !names.is_empty()
+        && names.iter().enumerate().all(|(index, name)| *name == shard_name(stem, index, names.len()));
+    if complete {
+        return Ok(names);
+    }
+    Err(broken(folder, format!("`{MANIFEST}` does not list all files of `{stem}`: {names:?}")))
 }
 
 fn serialize(tensors: &[HostTensor], folder: &Path) -> Result<Vec<u8>> {
@@ -186,7 +237,7 @@ fn read_manifest(folder: &Path) -> Result<Manifest> {
     let text = fs::read_to_string(&path).map_err(io(&path))?;
     let manifest: Manifest =
         serde_json::from_str(&text).map_err(|e| broken(folder, format!("`{MANIFEST}` is damaged: {e}")))?;
-    if manifest.format != FORMAT {
+    if !FORMATS_READ.contains(&manifest.format) {
         return Err(broken(
             folder,
             format!("layout version {} is not {FORMAT}, which this program reads", manifest.format),
@@ -263,15 +314,23 @@ fn hash_file(path: &Path) -> Result<(u64, String)> {
 /// Reads a checkpoint, every file verified.
 pub fn read(folder: &Path) -> Result<(Snapshot, Manifest)> {
     let manifest = verify(folder)?;
-    let state_path = folder.join("state.json");
+    let state_path = folder.join(STATE);
     let state = fs::read_to_string(&state_path).map_err(io(&state_path))?;
     let snapshot = Snapshot {
         step: manifest.step,
-        model: read_tensors(&folder.join("model.safetensors"))?,
-        optimizer: read_tensors(&folder.join("optimizer.safetensors"))?,
+        model: read_shards(folder, &manifest, MODEL)?,
+        optimizer: read_shards(folder, &manifest, OPTIMIZER)?,
         state: serde_json::from_str(&state).map_err(|e| broken(folder, format!("`state.json`: {e}")))?,
     };
     Ok((snapshot, manifest))
+}
+
+fn read_shards(folder: &Path, manifest: &Manifest, stem: &str) -> Result<Vec<HostTensor>> {
+    let mut tensors = Vec::new();
+    for name in shard_files(manifest, stem, folder)? {
+        tensors.extend(read_tensors(&folder.join(name))?);
+    }
+    Ok(tensors)
 }
 
 fn read_tensors(path: &Path) -> Result<Vec<HostTensor>> {
@@ -392,6 +451,27 @@ mod tests {
         assert_eq!((read.model, read.step, manifest.step), (snapshot(3).model, 3, 3));
         write(dir.path(), &snapshot(3), Path::new("/model")).unwrap();
         assert_eq!(list(dir.path()).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn many_tensors_lie_in_several_files() {
+        let tensors: Vec<HostTensor> =
+            (0..5).map(|i| HostTensor { name: format!("t{i}"), shape: vec![4], values: vec![i as f32; 4] }).collect();
+        let sizes = |max| shards(&tensors, max).iter().map(|s| s.len()).collect::<Vec<_>>();
+        assert_eq!((sizes(32), sizes(1), sizes(1 << 20)), (vec![2, 2, 1], vec![1; 5], vec![5]));
+        assert_eq!(shards(&[], 1).len(), 1);
+        let manifest = |names: &[String]| Manifest {
+            format: FORMAT,
+            step: 1,
+            written_by: String::new(),
+            model_source: PathBuf::new(),
+            files: names.iter().map(|n| (n.clone(), FileEntry { bytes: 0, sha256: String::new() })).collect(),
+        };
+        let names: Vec<String> = (0..3).map(|i| shard_name(MODEL, i, 3)).collect();
+        let whole = manifest(&names);
+        assert_eq!(shard_files(&whole, MODEL, Path::new("x")).unwrap(), names);
+        assert!(shard_files(&manifest(&names[..2]), MODEL, Path::new("x")).is_err());
+        assert!(shard_files(&whole, OPTIMIZER, Path::new("x")).is_err());
     }
 
     #[test]

@@ -239,6 +239,8 @@ impl Conversations {
     ) -> Result<Option<(Vec<Completion>, RolloutStats)>> {
         let started = Instant::now();
         let room = self.room(text, sampling)?;
+        let references: HashMap<u64, Option<String>> =
+            jobs.iter().map(|job| (job.ordinal, job.item.reference.clone())).collect();
         let mut episodes = self.open_all(jobs, &room)?;
         let mut completions = Vec::with_capacity(episodes.len());
         let mut stats = RolloutStats::default();
@@ -262,7 +264,8 @@ impl Conversations {
                 if let Err(why) = heard {
                     episodes[i].fail(sampling.n, &why);
                 }
-                if let Some(completion) = episodes[i].completion(&self.name, version, sampling.n as u64) {
+                if let Some(mut completion) = episodes[i].completion(&self.name, version, sampling.n as u64) {
+                    completion.reference = references.get(&episodes[i].ordinal).cloned().flatten();
                     finished(&completion)?;
                     completions.push(completion);
                 }
@@ -519,6 +522,8 @@ impl Episode {
         Completion {
             sample: self.ordinal * n + self.index as u64,
             version,
+            versions: vec![(version, self.tokens.len() as u32)],
+            teachers: Vec::new(),
             prompt: self.prompt,
             prompt_ids: self.prompt_ids,
             text: last.map(|m| m.content.clone()).unwrap_or_default(),
@@ -532,6 +537,7 @@ impl Episode {
             reward_metrics,
             reward_failed: Vec::new(),
             advantage: 0.0,
+            reference: None,
         }
     }
 }

@@ -331,11 +331,12 @@ mod training {
 
     use cosmos_broker::{BrokerLimits, MemoryBroker};
     use cosmos_config::Config;
+    use cosmos_engine::head::{Head, ModelHead};
 
     use super::*;
     use crate::policy::{PolicyRole, StepOutcome};
     use crate::student::Student;
-    use crate::teacher::{Answer, TeacherRole, Wanted, collect, request};
+    use crate::teacher::{Answer, TeacherHidden, TeacherRole, Wanted, collect, request};
 
     fn config(keys: &str) -> Config {
         let toml = format!(
@@ -353,7 +354,7 @@ mod training {
 
     fn teacher(role: &PolicyRole, config: &Config) -> TeacherRole {
         let shape = ModelConfig::from_folder(&quickstart()).unwrap();
-        TeacherRole::new(random(&shape, "burn:flex", 99).unwrap(), Wanted::new(config, &role.spec))
+        TeacherRole::new("t", random(&shape, "burn:flex", 99).unwrap(), Wanted::new(config, &role.spec))
     }
 
     fn setup(keys: &str) -> Setup {
@@ -378,9 +379,9 @@ mod training {
     fn step(setup: &Setup, answers: HashMap<u64, Answer>) -> (StepOutcome, Vec<f32>) {
         let mut student = Student::load(&setup.config, &quickstart(), 10).unwrap();
         let mut teacher = teacher(&setup.role, &setup.config);
-        let outcome =
-            setup.role.step(&mut student, Some(teacher.model.as_mut()), None, &setup.completions, answers, 0).unwrap();
-        let weights = student.weights().into_iter().flat_map(|t| t.values).collect();
+        let mut heads: Vec<Box<dyn Head + '_>> = vec![Box::new(ModelHead(teacher.model.as_mut()))];
+        let outcome = setup.role.step(&mut student, &mut heads, None, &setup.completions, answers, 0).unwrap();
+        let weights = student.weights(true).unwrap().into_iter().flat_map(|t| t.values).collect();
         (outcome, weights)
     }
 
@@ -402,7 +403,11 @@ mod training {
             top1: spoil_ids(&answer.top1),
             candidate_ids: spoil_ids(&answer.candidate_ids),
             candidate_logprobs: spoil(&answer.candidate_logprobs),
-            hidden_rh: answer.hidden_rh.as_deref().map(spoil),
+            hidden: answer
+                .hidden
+                .iter()
+                .map(|h| TeacherHidden { values_rh: spoil(&h.values_rh), ..h.clone() })
+                .collect(),
         }
     }
 

@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use cosmos_broker::BrokerError;
+use cosmos_control::ControlError;
 use cosmos_data::DataError;
 use cosmos_engine::EngineError;
+use cosmos_parallel::ParallelError;
 use cosmos_plugin::PluginError;
 use cosmos_report::ReportError;
 
@@ -41,6 +43,12 @@ pub enum RunError {
     /// The broker.
     #[error(transparent)]
     Broker(#[from] BrokerError),
+    /// The controller, or the way to it.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// Ranks or replicas that work together.
+    #[error(transparent)]
+    Parallel(#[from] ParallelError),
     /// The run folder or one of its records.
     #[error(transparent)]
     Report(#[from] ReportError),
@@ -50,6 +58,16 @@ pub enum RunError {
         /// Folder or file.
         path: PathBuf,
         /// What is wrong.
+        message: String,
+        /// How to mend it.
+        hint: String,
+    },
+    /// Something that one role leaves for another: published weights, a teacher's head.
+    #[error("{place}: {message}")]
+    Shared {
+        /// Folder or server.
+        place: String,
+        /// What is wrong, and who was waited for.
         message: String,
         /// How to mend it.
         hint: String,
@@ -84,12 +102,17 @@ impl RunError {
     /// The fix, for the `hint:` line.
     pub fn hint(&self) -> Option<String> {
         let text = match self {
-            Self::Config { hint, .. } | Self::Checkpoint { hint, .. } | Self::Diverged { hint, .. } => hint.clone(),
+            Self::Config { hint, .. }
+            | Self::Checkpoint { hint, .. }
+            | Self::Shared { hint, .. }
+            | Self::Diverged { hint, .. } => hint.clone(),
             Self::Engine { source, .. } => source.hint().unwrap_or_default().to_string(),
             Self::Data(e) => e.hint().map(|h| h.to_string()).unwrap_or_default(),
             Self::Plugin(e) => e.hint().map(|h| h.to_string()).unwrap_or_default(),
             Self::Broker(e) => e.hint().map(|h| h.to_string()).unwrap_or_default(),
             Self::Report(e) => e.hint().map(|h| h.to_string()).unwrap_or_default(),
+            Self::Control(e) => e.hint().map(|h| h.to_string()).unwrap_or_default(),
+            Self::Parallel(e) => e.hint().map(|h| h.to_string()).unwrap_or_default(),
             Self::During { source, .. } => source.hint().unwrap_or_default(),
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 "free space and continue with `--resume`; `train.ckpt.max_keep` bounds how many checkpoints are kept"
@@ -105,7 +128,12 @@ impl RunError {
         match self {
             Self::Config { .. } | Self::Engine { .. } | Self::Data(_) | Self::Plugin(_) | Self::Report(_) => true,
             Self::Checkpoint { .. } | Self::Io { .. } => true,
-            Self::Broker(_) | Self::Diverged { .. } | Self::During { .. } => false,
+            Self::Broker(e) => e.is_usage(),
+            Self::Control(_)
+            | Self::Parallel(_)
+            | Self::Shared { .. }
+            | Self::Diverged { .. }
+            | Self::During { .. } => false,
         }
     }
 
@@ -125,6 +153,11 @@ impl RunError {
             Self::Diverged { .. } | Self::During { .. } => self,
             source => Self::During { step, source: Box::new(source) },
         }
+    }
+
+    /// What lies between roles is not as it should be.
+    pub(crate) fn shared(place: impl Into<String>, message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Shared { place: place.into(), message: message.into(), hint: hint.into() }
     }
 
     /// A configuration that cannot be carried out.

@@ -135,6 +135,6 @@ pub fn evaluate(options: &EvalOptions) -> Result<EvalReport> {
         prompts_failed: prompts_failed + stats.failed,
         completion_length_mean: mean(stats.tokens as f64, completions.len()),
         tokens_per_second: if stats.seconds > 0.0 { stats.tokens as f64 / stats.seconds } else { 0.0 },
-        samples: completions.iter().zip(values).map(|(c, r)| sample_record(c, "eval", 0, n, Some(r), &items)).collect(),
+        samples: completions.iter().zip(values).map(|(c, r)| sample_record(c, "eval", 0, n, Some(r))).collect(),
     })
 }

@@ -78,6 +78,11 @@ pub fn checkpoint_to_folder(checkpoint: &Path, target: &Path, dtype: &str) -> Re
             "name a folder that does not exist",
         ));
     }
+    from_checkpoint(checkpoint, target, dtype)
+}
+
+/// Exports a run's checkpoint to `target`, in the place of what is there.
+pub fn from_checkpoint(checkpoint: &Path, target: &Path, dtype: Dtype) -> Result<()> {
     let (snapshot, manifest) = checkpoint::read(checkpoint)?;
     let config =
         cosmos_engine::model::ModelConfig::from_folder(&manifest.model_source).map_err(|e| RunError::Checkpoint {

@@ -12,11 +12,12 @@ use std::path::{Path, PathBuf};
 mod capabilities;
 pub mod checkpoint;
 pub mod choose;
-pub mod controller;
+pub mod compared;
 pub mod conversation;
 mod error;
 pub mod evaluate;
 pub mod export;
+pub mod heads;
 pub mod mixture;
 pub mod offers;
 pub mod plan;
@@ -26,16 +27,21 @@ pub mod prepare;
 pub mod records;
 pub mod resume;
 pub mod rewards;
+pub mod roles;
 pub mod rollout;
 pub mod sample;
 pub mod score;
 pub mod session;
 pub mod sft;
+pub mod shards;
+pub mod shelf;
 mod signals;
 pub mod student;
 pub mod task;
 pub mod teacher;
+pub mod teachers;
 pub mod validation;
+pub mod weights;
 
 pub use capabilities::lent;
 pub use error::{Result, RunError};
@@ -70,6 +76,24 @@ pub enum Outcome {
     DryRun,
 }
 
+/// Checks what the configuration says of servers, without reaching for them.
+///
+/// # Errors
+/// A `redis` that is no port and no URL.
+pub fn check_addresses(resolved: &cosmos_config::Resolved) -> Result<()> {
+    let redis = &resolved.config.redis;
+    if redis.is_empty() {
+        return Ok(());
+    }
+    match cosmos_broker::RedisAddress::parse(redis) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let hint = error.hint().unwrap_or_default();
+            Err(RunError::config(prepare::place(resolved, "redis"), error.to_string(), hint))
+        }
+    }
+}
+
 /// Runs a configuration to its end.
 pub fn run(options: RunOptions) -> Result<Outcome> {
     let RunOptions { config: resolved, plugins, resume, dry_run } = options;
@@ -79,6 +103,15 @@ pub fn run(options: RunOptions) -> Result<Outcome> {
         tracing::warn!(
             "`logging.logger` names wandb, which is not there yet; metrics go to `metrics.jsonl` and TensorBoard files"
         );
+    }
+    let distillation = &resolved.config.distillation;
+    if distillation.enable && distillation.wire == cosmos_config::Wire::CosmosRl {
+        return Err(RunError::Config {
+            place: prepare::place(&resolved, "distillation.wire"),
+            message: "`distillation.wire = \"cosmos-rl\"` is for a teacher in another process, and `run` has its own"
+                .into(),
+            hint: "remove it, or start the roles as processes of their own".into(),
+        });
     }
     let prepared = prepare::prepare(resolved, &plugins)?;
     let plan = prepared.plan()?;
@@ -100,3 +133,6 @@ pub fn run(options: RunOptions) -> Result<Outcome> {
     };
     session::Session::open(prepared, resumed, &plan.lines())?.run()
 }
+
+#[cfg(test)]
+mod scaling_tests;

@@ -90,6 +90,7 @@ impl Mixture {
 /// the first dataset is used up when each gets its share; the seeded permutation decides where in the epoch each
 /// dataset's prompts stand. Every dataset walks through its own permutations, one after the other, however many of its
 /// rows an epoch takes.
+#[derive(Clone)]
 pub struct Schedule {
     order: Order,
     /// Rows of each dataset.

@@ -1,15 +1,18 @@
 //! What a run will do and hold in memory, for `run --dry-run` and the first lines of a run.
 
-use cosmos_config::Config;
+use cosmos_broker::wire::frame::FloatFormat;
+use cosmos_broker::wire::native::{WireFloats, bytes_per_token};
+use cosmos_config::{Config, Dtype, WireDtype};
+use cosmos_controller::Plan as RunPlan;
 use cosmos_engine::model::ModelConfig;
 use cosmos_engine::walker::KEPT_BYTES_MAX;
 use serde::Serialize;
 
 use crate::choose::Weighted;
-use crate::controller::Policy;
 use crate::mixture::Mixture;
 use crate::offers::{OfferRole, Offered};
 use crate::plugins::Plugins;
+use crate::teachers::TeacherSpec;
 
 /// The plan of a run.
 #[derive(Debug, Clone, Serialize)]
@@ -28,12 +31,76 @@ pub struct Plan {
     pub completions_per_step: u64,
     /// Held-out prompts; 0: no validation.
     pub validation_prompts: u64,
+    /// The teachers, where there are several.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub teachers: Vec<TeacherPlan>,
     /// Memory by role.
     pub memory: Vec<RoleMemory>,
+    /// What each scored token weighs when the teacher is another process; none without one.
+    pub wire: Option<WirePlan>,
     /// The plugins.
     pub plugins: Vec<PluginPlan>,
     /// What of them is used.
     pub uses: Vec<Use>,
+}
+
+/// Bytes of a scored token between processes.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct WirePlan {
+    /// To the teacher.
+    pub request_bytes_per_token: f64,
+    /// Back from it.
+    pub result_bytes_per_token: f64,
+}
+
+impl WirePlan {
+    fn new(config: &Config, student: &ModelConfig, teacher: &ModelConfig) -> Self {
+        let logprobs = match config.distillation.wire_logprob_dtype {
+            WireDtype::Float32 => FloatFormat::F32,
+            WireDtype::Float16 => FloatFormat::F16,
+        };
+        let hidden = match config.distillation.hidden_dtype {
+            Dtype::Float32 => FloatFormat::F32,
+            Dtype::Float16 => FloatFormat::F16,
+            Dtype::Bfloat16 => FloatFormat::Bf16,
+        };
+        let floats = WireFloats { logprobs, hidden };
+        let top_k = i32::try_from(config.distillation.top_k).unwrap_or(i32::MAX);
+        let hidden = if top_k < 0 { teacher.hidden_size } else { 0 };
+        let vocab = u32::try_from(student.vocab_size).unwrap_or(u32::MAX);
+        let bytes = bytes_per_token(top_k, vocab, floats, hidden, true);
+        Self { request_bytes_per_token: bytes.request, result_bytes_per_token: bytes.result }
+    }
+}
+
+/// One of several teachers.
+#[derive(Debug, Clone, Serialize)]
+pub struct TeacherPlan {
+    /// Its name.
+    pub name: String,
+    /// Hub id or folder of its model.
+    pub model: String,
+    /// Its weight in mixtures.
+    pub weight: f64,
+    /// The datasets that it answers for; none: all.
+    pub datasets: Option<Vec<String>>,
+}
+
+impl TeacherPlan {
+    fn all(config: &Config) -> Vec<Self> {
+        let plan = |t: &cosmos_config::TeacherEntry| Self {
+            name: t.name.clone(),
+            model: t.model_name_or_path.clone(),
+            weight: t.weight,
+            datasets: t.datasets.clone(),
+        };
+        config.distillation.teachers.iter().filter(|_| config.distillation.enable).map(plan).collect()
+    }
+
+    fn line(&self) -> String {
+        let datasets = self.datasets.as_ref().map_or("all datasets".to_string(), |names| names.join(", "));
+        format!("teacher {}: {}, weight {}, for {datasets}", self.name, self.model, self.weight)
+    }
 }
 
 /// A plugin of the run.
@@ -123,6 +190,9 @@ impl Use {
 pub struct RoleMemory {
     /// Student, rollout, teacher, reference.
     pub role: &'static str,
+    /// Which of several teachers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
     /// Parameters of its model.
     pub parameters: u64,
     /// Weights, the engine's copy of them, gradients and optimizer moments.
@@ -139,11 +209,11 @@ impl Plan {
     /// Works the plan out from the configuration and the models' shapes.
     pub fn new(
         config: &Config,
-        policy: &Policy,
+        plan: &RunPlan,
         kind: &'static str,
         validation_prompts: u64,
         student: &ModelConfig,
-        teacher: Option<&ModelConfig>,
+        teachers: &[TeacherSpec],
         mini_batch: u64,
     ) -> Self {
         let context = config.policy.model_max_length as u64;
@@ -152,6 +222,7 @@ impl Plan {
         let parameters = student.parameter_count();
         let mut memory = vec![RoleMemory {
             role: "student",
+            name: None,
             parameters,
             // Master values, gradients, two moments, and the copy that the engine computes with.
             weights_bytes: parameters * F32 * 5,
@@ -164,18 +235,21 @@ impl Plan {
             let kv = 2 * student.num_hidden_layers * student.num_key_value_heads * student.head_dim;
             memory.push(RoleMemory {
                 role: "rollout",
+                name: None,
                 parameters: 0,
                 weights_bytes: 0,
                 activations_bytes: config.host.decode_slots as u64 * context * kv as u64 * F32,
             });
         }
-        if let Some(teacher) = teacher {
+        for spec in teachers {
+            let teacher = &spec.config;
             let parameters = teacher.parameter_count();
             memory.push(RoleMemory {
                 role: "teacher",
+                name: (teachers.len() > 1).then(|| spec.name.clone()),
                 parameters,
                 weights_bytes: parameters * F32 * 2,
-                activations_bytes: config.distillation.mini_batch as u64
+                activations_bytes: spec.wanted.mini_batch as u64
                     * context.min(response * 2)
                     * (teacher.hidden_size * 4) as u64
                     * F32
@@ -185,12 +259,18 @@ impl Plan {
         Self {
             kind,
             objective: objective_name(config, kind),
-            prompts: policy.dataset_len,
-            epochs: policy.epochs,
-            steps: policy.total_steps(),
-            completions_per_step: policy.train_batch,
+            prompts: plan.dataset_len,
+            epochs: plan.epochs,
+            steps: plan.total_steps(),
+            completions_per_step: plan.train_batch * plan.policy_replicas.max(1),
             validation_prompts,
+            teachers: TeacherPlan::all(config),
             memory,
+            // Of several teachers the one with the widest answers.
+            wire: teachers
+                .iter()
+                .max_by_key(|spec| spec.config.hidden_size)
+                .map(|spec| WirePlan::new(config, student, &spec.config)),
             plugins: Vec::new(),
             uses: Vec::new(),
         }
@@ -248,12 +328,14 @@ impl Plan {
             lines.push(format!("validation on {} held-out prompts", self.validation_prompts));
         }
         lines.extend(self.plugin_lines());
+        lines.extend(self.teachers.iter().map(TeacherPlan::line));
         for m in &self.memory {
             let held = bytes(m.activations_bytes);
             lines.push(match (m.role, m.parameters) {
                 ("rollout", _) => format!("rollout: the student's weights, up to {held} of KV cache"),
                 ("teacher", n) => format!(
-                    "teacher: {} parameters, {} of weights, up to {held} of activations",
+                    "teacher{}: {} parameters, {} of weights, up to {held} of activations",
+                    m.name.as_ref().map(|name| format!(" {name}")).unwrap_or_default(),
                     cosmos_report::format_count(n),
                     bytes(m.weights_bytes)
                 ),
@@ -263,6 +345,12 @@ impl Plan {
                     bytes(m.weights_bytes)
                 ),
             });
+        }
+        if let Some(wire) = self.wire {
+            lines.push(format!(
+                "between processes: {:.1} bytes a token to the teacher, {:.1} back",
+                wire.request_bytes_per_token, wire.result_bytes_per_token
+            ));
         }
         lines
     }

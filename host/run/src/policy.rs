@@ -4,17 +4,21 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use cosmos_config::{Config, GrpoConfig, LossType as ConfigLoss, MassRule, ObjectiveKind, Variant as ConfigVariant};
+use cosmos_engine::head::{Head, MixedLogits, Part};
 use cosmos_engine::model::{LogitsSource, Model};
 use cosmos_engine::objective::{
     DistillKind, DistillSpec, LossType, Mass, Normaliser, ObjectiveSpec, PolicyLoss, Report, Sample, Summary,
     TeacherView, Variant,
 };
-use cosmos_engine::score::{HiddenLogits, ScoreOptions, ScoreRequest, score};
+use cosmos_engine::score::{ScoreOptions, ScoreRequest, score};
 
 use crate::error::{Result, Role};
 use crate::rollout::Completion;
 use crate::student::Student;
-use crate::teacher::Answer;
+use crate::teacher::{Answer, TeacherHidden};
+
+mod ranks;
+use ranks::RankWork;
 
 /// How steps are made.
 pub struct PolicyRole {
@@ -67,22 +71,23 @@ impl PolicyRole {
         })
     }
 
-    /// Trains on `completions`. `answers` are the teacher's, by sample; a missing one masks its sample.
+    /// Trains on `completions`. `answers` are the teachers', by sample; a missing one masks its sample. `heads` are those of
+    /// the run's teachers, in their order, where the objective compares whole vocabularies.
     pub fn step(
         &self,
         student: &mut Student,
-        mut teacher: Option<&mut dyn Model>,
+        heads: &mut [Box<dyn Head + '_>],
         reference: Option<&mut dyn Model>,
         completions: &[Completion],
         mut answers: HashMap<u64, Answer>,
         step: u64,
     ) -> Result<StepOutcome> {
-        let mut hidden: Vec<Option<Vec<f32>>> = Vec::with_capacity(completions.len());
+        let mut hidden: Vec<Vec<TeacherHidden>> = Vec::with_capacity(completions.len());
         let mut samples: Vec<Sample> = Vec::with_capacity(completions.len());
         for completion in completions {
             let lead = if self.include_prompt() { completion.prompt_ids.len() - 1 } else { 0 };
             let mut answer = answers.remove(&completion.sample).map(|answer| answer.of_own(completion, lead));
-            hidden.push(answer.as_mut().and_then(|a| a.hidden_rh.take()));
+            hidden.push(answer.as_mut().map(|a| std::mem::take(&mut a.hidden)).unwrap_or_default());
             samples.push(self.sample(completion, answer));
         }
         let batch = self.optimize_batch.unwrap_or(samples.len()).clamp(1, samples.len().max(1));
@@ -107,11 +112,17 @@ impl PolicyRole {
             for start in (0..samples.len()).step_by(batch) {
                 let slice = start..(start + batch).min(samples.len());
                 let record = iteration == 0;
-                for micro in self.micro_batches(&samples, slice.clone()) {
+                let micros = self.micro_batches(&samples, slice.clone());
+                if student.place.world > 1 {
+                    let work = RankWork::new(self, &samples, &hidden, completions, slice.len(), record);
+                    work.run(student, heads, &micros, &mut outcome)?;
+                }
+                let alone = student.place.world == 1;
+                for micro in micros.into_iter().filter(|_| alone) {
                     let share = micro.len() as f64 / slice.len() as f64;
                     self.micro_step(
                         student,
-                        &mut teacher,
+                        heads,
                         &samples,
                         &hidden,
                         micro,
@@ -133,9 +144,9 @@ impl PolicyRole {
     fn micro_step(
         &self,
         student: &mut Student,
-        teacher: &mut Option<&mut dyn Model>,
+        heads: &mut [Box<dyn Head + '_>],
         samples: &[Sample],
-        hidden: &[Option<Vec<f32>>],
+        hidden: &[Vec<TeacherHidden>],
         micro: Range<usize>,
         share: f64,
         record: bool,
@@ -146,14 +157,13 @@ impl PolicyRole {
         let normaliser = Normaliser::of(&self.spec, own, share);
         let full = matches!(self.spec.distill, Some(DistillSpec { kind: DistillKind::FullVocab, .. }));
         let vocab = student.model.config().vocab_size;
-        let mut source = match (full, teacher.as_deref_mut()) {
-            (true, Some(teacher)) => {
-                let joined = hidden[micro.clone()].iter().flatten().flatten().copied().collect();
-                let width = teacher.config().vocab_size;
-                let inner = HiddenLogits::new(teacher, joined).role("teacher")?;
-                Some(SharedVocabulary { inner, width, vocab })
+        let shard = student.model.vocab_shard().ids();
+        let mut source = match full && !heads.is_empty() {
+            true => {
+                let mixed = self.mixture(heads, own, &hidden[micro.clone()], vocab);
+                Some(mixed.and_then(|mixed| mixed.only(shard)).role("teacher")?)
             }
-            _ => None,
+            false => None,
         };
         let source = source.as_mut().map(|s| s as &mut dyn LogitsSource);
         let mut loss = PolicyLoss::new(&self.spec, own, normaliser, source).role("student")?;
@@ -163,17 +173,36 @@ impl PolicyRole {
             outcome.tokens += batch.lens_b.iter().sum::<usize>() as u64;
         }
         if record {
-            for (index, completion) in completions[micro].iter().enumerate() {
-                let kl = loss.sample_kl(index);
-                let own = completion.own_len().min(kl.len());
-                outcome.kl_of.insert(completion.sample, kl[kl.len() - own..].to_vec());
-            }
-            let report = loss.into_report();
-            outcome.loss_max = outcome.loss_max.max(report.total / share);
-            outcome.kl_loss_max = outcome.kl_loss_max.max(report.kl_loss / share);
-            outcome.report.merge(report);
+            outcome.record(loss, &completions[micro], share);
         }
         Ok(())
+    }
+
+    /// The teachers' logits over the student's vocabulary (checkpoints pad their heads to different widths beyond the tokens
+    /// that both tokenizers share), at the rows of `samples`.
+    fn mixture<'h>(
+        &self,
+        heads: &'h mut [Box<dyn Head + '_>],
+        samples: &[Sample],
+        hidden: &[Vec<TeacherHidden>],
+        vocab: usize,
+    ) -> cosmos_engine::Result<MixedLogits<'h>> {
+        let mut parts: Vec<Part<'h>> =
+            heads.iter_mut().map(|head| Part { head: &mut **head, hidden_rh: Vec::new(), spans: Vec::new() }).collect();
+        let mut rows = 0;
+        for (sample, hidden) in samples.iter().zip(hidden) {
+            let span = rows..rows + sample.targets(&self.spec).count();
+            rows = span.end;
+            for own in hidden.iter().filter(|_| !span.is_empty()) {
+                if let Some(part) = parts.get_mut(own.teacher) {
+                    part.hidden_rh.extend_from_slice(&own.values_rh);
+                    part.spans.push((span.clone(), own.weight));
+                }
+            }
+        }
+        // One that answers none of these may have too narrow a head for them.
+        parts.retain(|part| !part.spans.is_empty());
+        MixedLogits::new(parts, rows, vocab, self.spec.temperature)
     }
 
     fn include_prompt(&self) -> bool {
@@ -264,25 +293,6 @@ impl PolicyRole {
     }
 }
 
-/// The teacher's logits over the student's vocabulary: checkpoints pad their heads to different widths beyond the
-/// tokens that both tokenizers share.
-struct SharedVocabulary<'a> {
-    inner: HiddenLogits<'a>,
-    width: usize,
-    vocab: usize,
-}
-
-impl LogitsSource for SharedVocabulary<'_> {
-    fn logits_rv(&mut self, rows: Range<usize>, out: &mut Vec<f32>) -> cosmos_engine::Result<()> {
-        self.inner.logits_rv(rows, out)?;
-        if self.width > self.vocab {
-            let kept: Vec<f32> = out.chunks_exact(self.width).flat_map(|row| &row[..self.vocab]).copied().collect();
-            *out = kept;
-        }
-        Ok(())
-    }
-}
-
 /// The objective that the configuration asks for.
 pub fn objective(config: &Config, grpo: &GrpoConfig) -> ObjectiveSpec {
     let d = &config.distillation;
@@ -334,6 +344,32 @@ pub fn objective(config: &Config, grpo: &GrpoConfig) -> ObjectiveSpec {
 }
 
 impl StepOutcome {
+    /// Takes in what a micro-batch has seen, which is `share` of its mini-batch.
+    fn record(&mut self, loss: PolicyLoss<'_>, completions: &[Completion], share: f64) {
+        for (index, completion) in completions.iter().enumerate() {
+            let kl = loss.sample_kl(index);
+            let own = completion.own_len().min(kl.len());
+            self.kl_of.insert(completion.sample, kl[kl.len() - own..].to_vec());
+        }
+        let report = loss.into_report();
+        self.loss_max = self.loss_max.max(report.total / share);
+        self.kl_loss_max = self.kl_loss_max.max(report.kl_loss / share);
+        self.report.merge(report);
+    }
+
+    /// Takes in what another rank of the replica has seen of the same step.
+    pub fn merge(&mut self, other: Self) {
+        self.report.merge(other.report);
+        self.loss_max = self.loss_max.max(other.loss_max);
+        self.kl_loss_max = self.kl_loss_max.max(other.kl_loss_max);
+        self.grad_norm =
+            if other.grad_norm.is_finite() { self.grad_norm.max(other.grad_norm) } else { other.grad_norm };
+        self.skipped = self.skipped.max(other.skipped);
+        self.kl_of.extend(other.kl_of);
+        self.tokens += other.tokens;
+        self.top1 += other.top1;
+    }
+
     /// Metrics of the step, under the original's names where they exist.
     pub fn metrics(&self, config: &Config) -> BTreeMap<String, f64> {
         let mut m = BTreeMap::new();

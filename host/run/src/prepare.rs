@@ -3,23 +3,26 @@
 use std::path::{Path, PathBuf};
 
 use cosmos_config::{Config, Resolved};
+use cosmos_controller::Plan as RunPlan;
 use cosmos_data::order::Order;
 use cosmos_engine::model::{GenerationConfig, Model, ModelConfig};
+use cosmos_parallel::RankGroups;
 use serde_json::Value;
 
 use crate::choose::{self, Common, Filter};
-use crate::controller::Policy;
 use crate::conversation::Conversations;
 use crate::error::{Result, Role, RunError};
 use crate::mixture::{Mixture, Part, Schedule};
 use crate::offers::{OfferRole, Offered};
 use crate::plan::{Plan, Use};
 use crate::plugins::Plugins;
-use crate::policy::PolicyRole;
+use crate::policy::{PolicyRole, objective};
 use crate::rewards::RewardSet;
 use crate::rollout::{Sampling, fetch, training_sampling, validation_sampling};
+use crate::shards;
 use crate::task::{Dataset, Item, Text, column_dataset};
-use crate::teacher::{TeacherRole, Wanted, check_widths};
+use crate::teacher::{TeacherRole, Wanted};
+use crate::teachers::{self, Routes, TeacherSpec};
 use crate::validation::Validation;
 
 /// Held-out prompts on which the KL is measured.
@@ -30,18 +33,48 @@ const TEMPLATE_KEY: &str = "rollout.multi_turn_config.custom_chat_template_path"
 /// Prompts looked at before the run starts.
 const PROMPTS_CHECKED: u64 = 64;
 
-/// What kind of run a configuration asks for.
-pub enum Kind {
+/// What every role needs to know of a run: no model is loaded for it and no plugin opened.
+pub struct Base {
+    /// The configuration.
+    pub resolved: Resolved,
+    /// The student's folder.
+    pub student_folder: PathBuf,
+    /// The student's shape.
+    pub student_config: ModelConfig,
+    /// Its tokenizer and chat template.
+    pub text: Text,
+    /// What ends its completions.
+    pub generation: GenerationConfig,
+}
+
+/// What completions are written from and judged by: the rollouts' part, and what the controller learns lengths from.
+pub struct Prompts {
+    /// The plugins, kept alive and named in the records.
+    pub plugins: Plugins,
+    /// Training prompts.
+    pub dataset: Mixture,
+    /// Their order.
+    pub schedule: Schedule,
+    /// What of the plugins the run uses.
+    pub uses: Vec<Use>,
+    /// Who talks with the student, where completions are conversations.
+    pub conversations: Option<Conversations>,
+    /// How completions are sampled; none where given responses are trained on.
+    pub sampling: Option<Box<Sampling>>,
+    /// The rewards of training completions, unless bypassed.
+    pub rewards: Option<RewardSet>,
+    /// Which teachers answer for each training dataset.
+    pub routes: Routes,
+    /// Held-out prompts, when validation is on.
+    pub validation: Option<Validation>,
+}
+
+/// How the student is trained.
+pub enum Training {
     /// Distillation, or GRPO where there is no teacher.
     Policy {
         /// The training step.
         role: Box<PolicyRole>,
-        /// How completions are sampled.
-        sampling: Box<Sampling>,
-        /// The rewards of training completions, unless bypassed.
-        rewards: Option<RewardSet>,
-        /// The teacher, when distilling.
-        teacher: Option<Box<TeacherRole>>,
         /// The frozen copy that `kl_beta` pulls towards.
         reference: Option<Box<dyn Model>>,
     },
@@ -54,58 +87,73 @@ pub enum Kind {
     },
 }
 
-impl Kind {
-    /// `distillation`, `grpo` or `sft`.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Policy { teacher: Some(_), .. } => "distillation",
-            Self::Policy { teacher: None, .. } => "grpo",
-            Self::Sft { .. } => "sft",
-        }
-    }
-}
-
-/// Everything a run needs, checked.
+/// Everything a run in one process needs, checked.
 pub struct Prepared {
-    /// The configuration.
-    pub resolved: Resolved,
-    /// The student's folder.
-    pub student_folder: PathBuf,
-    /// The student's shape.
-    pub student_config: ModelConfig,
-    /// Its tokenizer and chat template.
-    pub text: Text,
-    /// The plugins, kept alive and named in the records.
-    pub plugins: Plugins,
-    /// Training prompts.
-    pub dataset: Mixture,
-    /// Their order.
-    pub schedule: Schedule,
-    /// What of the plugins the run uses.
-    pub uses: Vec<Use>,
-    /// Who talks with the student, where completions are conversations.
-    pub conversations: Option<Conversations>,
-    /// Held-out prompts, when validation is on.
-    pub validation: Option<Validation>,
-    /// Kind of run.
-    pub kind: Kind,
+    /// What every role knows.
+    pub base: Base,
+    /// The rollout's part.
+    pub prompts: Prompts,
+    /// The trainer's part, without the student.
+    pub training: Training,
+    /// The teachers, when distilling.
+    pub teachers: Vec<TeacherRole>,
     /// What the controller needs to know.
-    pub policy: Policy,
+    pub plan: RunPlan,
 }
 
 impl Prepared {
     /// What the run will do.
     pub fn plan(&self) -> Result<Plan> {
-        let teacher = match &self.kind {
-            Kind::Policy { teacher: Some(teacher), .. } => Some(teacher.model.config()),
-            _ => None,
-        };
-        let config = &self.resolved.config;
-        let prompts = self.validation.as_ref().map_or(0, |v| v.jobs.len() as u64);
+        Ok(self.base.plan(&self.prompts, &self.plan, &teachers::specs(&self.base)?))
+    }
+}
+
+impl Base {
+    /// Checks what needs neither plugins nor models.
+    pub fn new(resolved: Resolved) -> Result<Self> {
+        let config = &resolved.config;
+        resolved.check_runnable().map_err(first_problem)?;
+        let student_folder = model_folder(
+            &resolved,
+            "policy.model_name_or_path",
+            &config.policy.model_name_or_path,
+            config.policy.model_revision.as_deref(),
+        )?;
+        let student_config = ModelConfig::from_folder(&student_folder).role("student")?;
+        let text = text(config, &student_folder).map_err(|e| e.at(|| place(&resolved, TEMPLATE_KEY)))?;
+        check_tokenizer(&text, &student_config, &student_folder)?;
+        check_batches(&resolved)?;
+        check_context(&resolved, &student_config)?;
+        let generation = GenerationConfig::from_folder(&student_folder, &student_config).role("student")?;
+        Ok(Self { student_folder, student_config, text, generation, resolved })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.resolved.config
+    }
+
+    /// `distillation`, `grpo` or `sft`.
+    pub fn kind(&self) -> &'static str {
+        match (self.config().train.train_policy.grpo(), self.config().distillation.enable) {
+            (None, _) => "sft",
+            (Some(_), true) => "distillation",
+            (Some(_), false) => "grpo",
+        }
+    }
+
+    /// Completions of one prompt that are trained on; 1 where given responses are.
+    pub fn n_generation(&self) -> u64 {
+        if self.kind() == "sft" { 1 } else { self.config().rollout.n_generation as u64 }
+    }
+
+    /// What the run will do.
+    pub fn plan(&self, prompts: &Prompts, plan: &RunPlan, teachers: &[TeacherSpec]) -> Plan {
+        let config = self.config();
+        let held_out = prompts.validation.as_ref().map_or(0, |v| v.jobs.len() as u64);
         let mini_batch = config.train.train_policy.mini_batch() as u64;
-        let plan =
-            Plan::new(config, &self.policy, self.kind.name(), prompts, &self.student_config, teacher, mini_batch);
-        Ok(plan.with_plugins(&self.plugins, self.uses.clone()))
+        let plan = Plan::new(config, plan, self.kind(), held_out, &self.student_config, teachers, mini_batch);
+        plan.with_plugins(&prompts.plugins, prompts.uses.clone())
     }
 }
 
@@ -147,23 +195,22 @@ pub(crate) fn text(config: &Config, folder: &Path) -> Result<Text> {
 
 /// Loads and checks everything.
 pub fn prepare(resolved: Resolved, plugin_paths: &[PathBuf]) -> Result<Prepared> {
+    let base = Base::new(resolved)?;
+    let prompts = prompts(&base, plugin_paths)?;
+    let training = training(&base)?;
+    let teachers = teachers(&base)?;
+    let plan = run_plan(&base, &prompts)?;
+    Ok(Prepared { base, prompts, training, teachers, plan })
+}
+
+/// Opens datasets, environment and rewards, and tries them on the first prompts.
+pub fn prompts(base: &Base, plugin_paths: &[PathBuf]) -> Result<Prompts> {
+    let Base { resolved, text, generation, .. } = base;
     let config = &resolved.config;
-    resolved.check_runnable().map_err(first_problem)?;
-    let student_folder = model_folder(
-        &resolved,
-        "policy.model_name_or_path",
-        &config.policy.model_name_or_path,
-        config.policy.model_revision.as_deref(),
-    )?;
-    let student_config = ModelConfig::from_folder(&student_folder).role("student")?;
-    let text = text(config, &student_folder).map_err(|e| e.at(|| place(&resolved, TEMPLATE_KEY)))?;
-    check_tokenizer(&text, &student_config, &student_folder)?;
-    check_batches(&resolved)?;
-    check_context(&resolved, &student_config)?;
-    let plugins = Plugins::load(plugin_paths, &resolved, Some(&text))?;
-    let chosen = Chosen::new(&resolved, &plugins)?;
+    let plugins = Plugins::load(plugin_paths, resolved, Some(text))?;
+    let chosen = Chosen::new(resolved, &plugins)?;
     let mut uses = Vec::new();
-    let mut dataset = training_dataset(&resolved, &plugins, chosen.train)?;
+    let mut dataset = training_dataset(resolved, &plugins, chosen.train)?;
     uses.extend(Use::datasets(&dataset, OfferRole::Train));
     let (shuffle, seed) = match (config.train.train_policy.grpo(), config.train.train_policy.sft()) {
         (Some(g), _) => (g.dataloader_shuffle, g.dataloader_seed),
@@ -171,36 +218,28 @@ pub fn prepare(resolved: Resolved, plugin_paths: &[PathBuf]) -> Result<Prepared>
         _ => (true, 0),
     };
     let order = Order { seed: seed as u64, shuffle };
-    check_prompts(&resolved, &mut dataset, &order, &text)?;
+    check_prompts(resolved, &mut dataset, &order, text)?;
+    let names: Vec<String> = dataset.parts().iter().map(|part| part.name.clone()).collect();
+    let routes = Routes::training(resolved, &names)?;
     let schedule = schedule(&dataset, order);
-    let generation = GenerationConfig::from_folder(&student_folder, &student_config).role("student")?;
-    let conversations = conversations(&resolved, &plugins, &mut dataset, &order, &text, &generation)?;
+    let conversations = conversations(resolved, &plugins, &mut dataset, &order, text, generation)?;
     uses.extend(conversations.iter().map(|c| Use::environment(c.plugin(), c.name())));
-    let rewards = training_rewards(&resolved, &plugins, &dataset, chosen.training_rewards, chosen.filter, &mut uses)?;
-    let holds = conversations.is_some();
-    let kind = kind(&resolved, rewards, &text, &student_folder, &student_config, &generation, holds)?;
-    let validation = match chosen.validation {
+    let rewards = training_rewards(resolved, &plugins, &dataset, chosen.training_rewards, chosen.filter, &mut uses)?;
+    check_something_to_learn(resolved, rewards.is_some() || conversations.is_some())?;
+    let sampling = sampling(base)?.map(Box::new);
+    let mut validation = match chosen.validation {
         Some((datasets, rewards)) => {
-            Some(validation(&resolved, &plugins, &text, &generation, datasets, rewards, &mut uses)?)
+            Some(validation(resolved, &plugins, text, generation, datasets, rewards, &mut uses)?)
         }
         None => None,
     };
+    if let Some(validation) = &mut validation {
+        validation.routes = Routes::validation(resolved, &validation.datasets, &names, &routes)?;
+    }
+    let held_out = validation.as_ref().map(|v| v.datasets.as_slice()).unwrap_or_default();
+    teachers::warn_of_idle(config, &names, held_out);
     warn_of_idle_plugins(&plugins, &uses);
-    let policy = controller_policy(&resolved, schedule.epoch_len(), &kind, validation.is_some())?;
-    Ok(Prepared {
-        student_folder,
-        student_config,
-        text,
-        plugins,
-        dataset,
-        schedule,
-        uses,
-        conversations,
-        validation,
-        kind,
-        policy,
-        resolved,
-    })
+    Ok(Prompts { plugins, dataset, schedule, uses, conversations, sampling, rewards, routes, validation })
 }
 
 /// Offers of plugins, with weights where they are mixed by weight; none: columns of a table.
@@ -481,84 +520,70 @@ fn training_rewards(
     Ok(set)
 }
 
-fn kind(
-    resolved: &Resolved,
-    rewards: Option<RewardSet>,
-    text: &Text,
-    student_folder: &Path,
-    student: &ModelConfig,
-    generation: &GenerationConfig,
-    holds_conversations: bool,
-) -> Result<Kind> {
-    let config = &resolved.config;
-    let Some(grpo) = config.train.train_policy.grpo() else {
-        let mini_batch = config.train.train_policy.mini_batch();
-        return Ok(Kind::Sft { mini_batch, end_id: generation.eos_token_ids.first().copied() });
-    };
-    let role = PolicyRole::new(config, grpo)?;
-    let mut candidates = 0;
-    let teacher = if config.distillation.enable {
-        let teacher = teacher(resolved, text, student, &role)?;
-        if !config.distillation.rollout_top_k_recompute {
-            candidates = teacher.wanted().student_candidates();
-        }
-        Some(Box::new(teacher))
-    } else {
-        None
-    };
-    if teacher.is_none() && (rewards.is_none() && !holds_conversations || grpo.bypass_reward) {
-        return Err(RunError::config(
-            place(resolved, "distillation.enable"),
-            match grpo.bypass_reward {
-                true => {
-                    "there is nothing to learn from: distillation is off and `train.train_policy.bypass_reward` is on"
-                }
-                false => "there is nothing to learn from: distillation is off and no plugin offers a training reward",
-            },
-            "set `distillation.enable = true`, or pass a plugin with a training reward",
-        ));
+fn check_something_to_learn(resolved: &Resolved, judged: bool) -> Result<()> {
+    let Some(grpo) = resolved.config.train.train_policy.grpo() else { return Ok(()) };
+    if resolved.config.distillation.enable || (judged && !grpo.bypass_reward) {
+        return Ok(());
     }
-    let reference = if grpo.kl_beta != 0.0 {
-        Some(cosmos_engine::model::load(student_folder, &config.host.device).role("reference")?)
-    } else {
-        None
-    };
-    let seed = config.rollout.seed.or(config.train.seed).unwrap_or(0) as u64;
-    let sampling = training_sampling(config, generation.eos_token_ids.clone(), candidates, seed);
-    Ok(Kind::Policy { role: Box::new(role), sampling: Box::new(sampling), rewards, teacher, reference })
+    Err(RunError::config(
+        place(resolved, "distillation.enable"),
+        match grpo.bypass_reward {
+            true => "there is nothing to learn from: distillation is off and `train.train_policy.bypass_reward` is on",
+            false => "there is nothing to learn from: distillation is off and no plugin offers a training reward",
+        },
+        "set `distillation.enable = true`, or pass a plugin with a training reward",
+    ))
 }
 
-fn teacher(resolved: &Resolved, text: &Text, student: &ModelConfig, role: &PolicyRole) -> Result<TeacherRole> {
-    let config = &resolved.config;
-    let key = "distillation.model_name_or_path";
-    let folder = model_folder(
-        resolved,
-        key,
-        &config.distillation.model_name_or_path,
-        config.distillation.model_revision.as_deref(),
-    )?;
-    let tokenizer = cosmos_data::tokenizer::Tokenizer::load(&folder)?;
-    if let Some(difference) = text.tokenizer.first_difference(&tokenizer) {
-        return Err(RunError::config(
-            place(resolved, key),
-            format!("student and teacher have different vocabularies: {difference}"),
-            "choose a teacher with the student's tokenizer; mapping between tokenizers is not there yet",
-        ));
-    }
-    let model = cosmos_engine::model::load(&folder, &config.host.device).role("teacher")?;
-    let wanted = Wanted::new(config, &role.spec);
-    check_widths(student.vocab_size, model.config().vocab_size, &wanted, place(resolved, "distillation.top_k"))?;
-    if config.policy.model_max_length > model.config().max_position_embeddings {
-        return Err(RunError::config(
-            place(resolved, "policy.model_max_length"),
-            format!(
-                "`policy.model_max_length` is beyond the teacher's {} positions",
-                model.config().max_position_embeddings
-            ),
-            format!("use at most {}", model.config().max_position_embeddings),
-        ));
-    }
-    Ok(TeacherRole::new(model, wanted))
+/// How training completions are sampled; none where given responses are trained on.
+fn sampling(base: &Base) -> Result<Option<Sampling>> {
+    let config = base.config();
+    let Some(wanted) = wanted(config)? else {
+        return Ok(None);
+    };
+    let d = &config.distillation;
+    let candidates = if d.enable && !d.rollout_top_k_recompute { wanted.student_candidates() } else { 0 };
+    let seed = config.rollout.seed.or(config.train.seed).unwrap_or(0) as u64;
+    Ok(Some(training_sampling(config, base.generation.eos_token_ids.clone(), candidates, seed)))
+}
+
+/// What is asked of a teacher; none where given responses are trained on.
+pub fn wanted(config: &Config) -> Result<Option<Wanted>> {
+    let Some(grpo) = config.train.train_policy.grpo() else { return Ok(None) };
+    let spec = objective(config, grpo);
+    spec.check().role("student")?;
+    Ok(Some(Wanted::new(config, &spec)))
+}
+
+/// The objective, and the reference model where it needs one.
+pub fn training(base: &Base) -> Result<Training> {
+    training_rank(base, &RankGroups::single())
+}
+
+/// As [`training`], for one rank of a student that is cut over several; the reference is cut alike.
+pub fn training_rank(base: &Base, groups: &RankGroups) -> Result<Training> {
+    let config = base.config();
+    let Some(grpo) = config.train.train_policy.grpo() else {
+        let mini_batch = config.train.train_policy.mini_batch();
+        return Ok(Training::Sft { mini_batch, end_id: base.generation.eos_token_ids.first().copied() });
+    };
+    let role = Box::new(PolicyRole::new(config, grpo)?);
+    let (folder, device) = (&base.student_folder, &config.host.device);
+    let reference = match (grpo.kl_beta != 0.0, groups.mesh().world()) {
+        (false, _) => None,
+        (true, 1) => Some(cosmos_engine::model::load(folder, device).role("reference")?),
+        (true, _) => {
+            let options = shards::policy_options(&config.train);
+            Some(cosmos_engine::sharded::load(folder, device, groups, &options).role("reference")?)
+        }
+    };
+    Ok(Training::Policy { role, reference })
+}
+
+/// The teachers with their models, when distilling.
+pub fn teachers(base: &Base) -> Result<Vec<TeacherRole>> {
+    let device = &base.config().host.device;
+    teachers::specs(base)?.iter().map(|spec| spec.load(device)).collect()
 }
 
 fn validation(
@@ -599,6 +624,7 @@ fn validation(
         jobs,
         rewards,
         datasets: dataset.parts().iter().map(|part| part.name.clone()).collect(),
+        routes: Routes::default(),
         sampling: validation_sampling(config, stop_ids, seed),
         kl_sampling,
         kl_prompts: KL_PROMPTS,
@@ -624,41 +650,65 @@ fn validation_columns(resolved: &Resolved) -> Result<Mixture> {
     }
 }
 
-fn controller_policy(resolved: &Resolved, epoch_len: u64, kind: &Kind, validating: bool) -> Result<Policy> {
+/// What the controller of a run in one process needs to know. Rollout and trainer take turns there, with the same weights.
+pub fn run_plan(base: &Base, prompts: &Prompts) -> Result<RunPlan> {
+    let Base { resolved, .. } = base;
     let config: &Config = &resolved.config;
     let ckpt = &config.train.ckpt;
-    let n_generation = match kind {
-        Kind::Policy { sampling, .. } => sampling.n as u64,
-        Kind::Sft { .. } => 1,
-    };
+    let (epoch_len, n_generation) = (prompts.schedule.epoch_len(), base.n_generation());
     let train_batch = config.train.train_batch_per_replica as u64;
-    let steps_per_epoch = (epoch_len * n_generation / train_batch).max(1);
-    let save_freq = match (ckpt.enable_checkpoint, ckpt.save_freq_in_epoch) {
-        (false, _) => 0,
-        (true, epochs) if epochs > 0 => epochs as u64 * steps_per_epoch,
-        (true, _) => ckpt.save_freq.max(0) as u64,
-    };
-    let policy = Policy {
+    let plan = RunPlan {
         dataset_len: epoch_len,
         epochs: config.train.epoch as u64,
         n_generation,
         train_batch,
+        policy_replicas: 1,
         steps_max: config.train.max_num_steps.map(|n| n as u64),
         allowed_outdated_steps: config.train.train_policy.grpo().map_or(0, |g| g.allowed_outdated_steps as u64),
-        validation_freq: if validating { config.validation.freq.max(1) as u64 } else { 0 },
+        steps_ahead_max: 0,
+        sync_weight_interval: 1,
+        prompts_per_order_max: u64::MAX,
+        validation_freq: if prompts.validation.is_some() { config.validation.freq.max(1) as u64 } else { 0 },
         validate_before: config.validation.val_before_train,
-        save_freq,
+        save_freq: 0,
         save_last: ckpt.enable_checkpoint,
     };
-    if policy.total_steps() == 0 {
+    with_frequencies(base, plan)
+}
+
+/// What the controller of a run in many processes needs to know.
+pub fn plan_of_processes(base: &Base, prompts: &Prompts) -> Result<RunPlan> {
+    let config = base.config();
+    let mut plan = run_plan(base, prompts)?;
+    plan.policy_replicas = config.policy.parallelism.n_init_replicas.max(1) as u64;
+    plan.sync_weight_interval = config.train.sync_weight_interval.max(1) as u64;
+    let in_flight = config.train.train_policy.grpo().and_then(|g| g.max_inflight_steps);
+    let ahead = in_flight.map_or(u64::MAX, |steps| (steps as u64).saturating_sub(1));
+    plan.steps_ahead_max = plan.allowed_outdated_steps.min(ahead);
+    // As many as a rollout decodes at a time, so that several rollouts share a step's prompts evenly.
+    let together = config.host.decode_slots.div_ceil(config.rollout.n_generation.max(1));
+    plan.prompts_per_order_max = together.max(config.rollout.batch_size).max(1) as u64;
+    with_frequencies(base, plan)
+}
+
+fn with_frequencies(base: &Base, mut plan: RunPlan) -> Result<RunPlan> {
+    let ckpt = &base.config().train.ckpt;
+    let group = plan.train_batch * plan.policy_replicas;
+    let steps_per_epoch = (plan.dataset_len * plan.n_generation / group.max(1)).max(1);
+    plan.save_freq = match (ckpt.enable_checkpoint, ckpt.save_freq_in_epoch) {
+        (false, _) => 0,
+        (true, epochs) if epochs > 0 => epochs as u64 * steps_per_epoch,
+        (true, _) => ckpt.save_freq.max(0) as u64,
+    };
+    if plan.total_steps() == 0 {
         return Err(RunError::config(
-            place(resolved, "train.train_batch_per_replica"),
+            place(&base.resolved, "train.train_batch_per_replica"),
             format!(
                 "not one step: {} prompts x {} completions x {} epoch(s) are fewer than `train.train_batch_per_replica` = {}",
-                policy.dataset_len, policy.n_generation, policy.epochs, policy.train_batch
+                plan.dataset_len, plan.n_generation, plan.epochs, plan.train_batch
             ),
             "lower the batch or raise `train.epoch`",
         ));
     }
-    Ok(policy)
+    Ok(plan)
 }

@@ -96,6 +96,12 @@ impl Records {
         self.seconds_before + self.started.elapsed().as_secs_f64()
     }
 
+    /// Drops what was recorded after `step`.
+    pub fn truncate_after(&mut self, step: u64) -> Result<()> {
+        self.metrics.truncate_after(step)?;
+        Ok(self.samples.truncate_after(step)?)
+    }
+
     /// Records one step's numbers.
     pub fn log(&mut self, step: u64, metrics: &BTreeMap<String, f64>) -> Result<()> {
         let metrics: Vec<(&str, f64)> = metrics.iter().map(|(name, value)| (name.as_str(), *value)).collect();

@@ -46,11 +46,23 @@ fn is_timestamp(name: &str) -> bool {
 
 /// A named checkpoint.
 pub fn from(folder: &Path) -> Result<Resumed> {
-    let (snapshot, _) = checkpoint::read(folder)?;
-    let state: RunState = serde_json::from_value(snapshot.state.clone()).map_err(|e| RunError::Checkpoint {
-        path: folder.to_path_buf(),
-        message: format!("`state.json` is not a run's state: {e}"),
-        hint: "it was written by another version of this program".into(),
+    let (snapshot, manifest) = checkpoint::read(folder)?;
+    let unfit =
+        |message: String, hint: &str| RunError::Checkpoint { path: folder.to_path_buf(), message, hint: hint.into() };
+    if manifest.format < 2 {
+        return Err(unfit(
+            format!("it was written by {}, whose runs this program cannot go on with", manifest.written_by),
+            "`ckpt export` it and start from that as `policy.model_name_or_path`, or finish the run with that version",
+        ));
+    }
+    if snapshot.state.get("policy_step").is_some() {
+        return Err(unfit(
+            "it was written by a run of several processes".into(),
+            "go on with it by `launch local --resume`",
+        ));
+    }
+    let state: RunState = serde_json::from_value(snapshot.state.clone()).map_err(|e| {
+        unfit(format!("`state.json` is not a run's state: {e}"), "it was written by another version of this program")
     })?;
     let run_folder = folder.parent().and_then(Path::parent).ok_or_else(|| {
         RunError::config("", format!("{} lies in no run folder", folder.display()), "name `RUN/checkpoints/step_N`")

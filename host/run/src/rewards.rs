@@ -319,6 +319,16 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// Adds the numbers of another phase.
+    pub fn add(&mut self, other: &Self) {
+        self.judged += other.judged;
+        self.dropped += other.dropped;
+        self.valued += other.valued;
+        self.filter_sum += other.filter_sum;
+        self.wait_seconds += other.wait_seconds;
+        self.seconds += other.seconds;
+    }
+
     /// What the step logs.
     pub fn metrics(&self, metrics: &mut BTreeMap<String, f64>) {
         if self.seconds > 0.0 {

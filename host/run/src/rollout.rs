@@ -23,6 +23,13 @@ pub struct Completion {
     pub sample: u64,
     /// Weights that generated it.
     pub version: u64,
+    /// Which weights wrote which tokens, as runs: version and number of tokens. Empty: all of them by `version`, which is the
+    /// newest otherwise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub versions: Vec<(u64, u32)>,
+    /// Which of the run's teachers it is compared with; empty: all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub teachers: Vec<u32>,
     /// Rendered prompt.
     pub prompt: String,
     /// Prompt ids.
@@ -56,10 +63,13 @@ pub struct Completion {
     /// Group-normalised reward.
     #[serde(with = "bit")]
     pub advantage: f32,
+    /// What the rewards compared it with, as JSON.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
 }
 
 /// One float as its bits, so that a checkpoint gives back exactly what it was given.
-mod bit {
+pub(crate) mod bit {
     use serde::{Deserialize, Deserializer, Serializer};
 
     pub fn serialize<S: Serializer>(value: &f32, to: S) -> Result<S::Ok, S::Error> {
@@ -120,7 +130,7 @@ pub(crate) mod bits_of_double {
 }
 
 /// A double or none, bit for bit.
-mod maybe_double {
+pub(crate) mod maybe_double {
     use super::Double;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -134,7 +144,7 @@ mod maybe_double {
 }
 
 /// Doubles with names, bit for bit.
-mod named_doubles {
+pub(crate) mod named_doubles {
     use super::Double;
     use serde::{Deserialize, Deserializer, Serializer};
 
@@ -157,6 +167,11 @@ impl Completion {
     /// How many tokens the model sampled itself.
     pub fn own_len(&self) -> usize {
         if self.own.is_empty() { self.tokens.len() } else { self.own.iter().filter(|own| **own).count() }
+    }
+
+    /// Version and number of tokens of each run of tokens, never empty for a completion with tokens.
+    pub fn version_runs(&self) -> Vec<(u64, u32)> {
+        if self.versions.is_empty() { vec![(self.version, self.tokens.len() as u32)] } else { self.versions.clone() }
     }
 
     /// How often the model spoke.
@@ -291,6 +306,8 @@ pub fn roll_out(
         let completion = Completion {
             sample: generated.id * sampling.n as u64 + generated.index as u64,
             version,
+            versions: vec![(version, generated.tokens.len() as u32)],
+            teachers: Vec::new(),
             prompt: job.item.prompt.clone(),
             prompt_ids: job.item.prompt_ids.clone(),
             own: Vec::new(),
@@ -304,6 +321,7 @@ pub fn roll_out(
             reward_metrics: Vec::new(),
             reward_failed: Vec::new(),
             advantage: 0.0,
+            reference: job.item.reference.clone(),
         };
         finished(&completion)?;
         completions.push(completion);
@@ -462,6 +480,8 @@ mod tests {
         let completion = Completion {
             sample: 3,
             version: 1,
+            versions: vec![(1, 1)],
+            teachers: vec![1],
             prompt: "p".into(),
             prompt_ids: vec![1],
             tokens: vec![2],
@@ -475,6 +495,7 @@ mod tests {
             reward_metrics: vec![("a/b".into(), value / 3.0)],
             reward_failed: vec!["c".into()],
             advantage: 0.5,
+            reference: Some("4".into()),
         };
         let text = serde_json::to_string(&completion).unwrap();
         let read: Completion = serde_json::from_str(&text).unwrap();

@@ -2,14 +2,18 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use cosmos_config::shapes::{Amount, LearningRate};
 use cosmos_config::{Config, DecayType as Decay, OptimizerName};
-use cosmos_engine::model::{self, Model, ModelConfig};
+use cosmos_engine::model::{Model, ModelConfig};
 use cosmos_engine::optim::{Adam, AdamConfig, DecayType, Moments, Schedule, StepStats, Warmup};
+use cosmos_engine::sharded;
+use cosmos_parallel::{Axis, Collective, RankGroups};
 
 use crate::checkpoint::{HostTensor, Snapshot};
 use crate::error::{Result, Role, RunError};
+use crate::shards;
 
 /// The model being trained with its optimizer.
 pub struct Student {
@@ -21,17 +25,61 @@ pub struct Student {
     schedule: Schedule,
     lr: f64,
     clip_norm_max: Option<f64>,
+    /// The replicas that make this step together; none when it is one.
+    members: Option<Members>,
+    /// Where this rank is among those of its replica.
+    pub place: Place,
+}
+
+/// Where a rank is among those of its replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Ranks of the replica.
+    pub world: usize,
+    /// This rank's part of the samples, and how many parts there are.
+    pub part: (usize, usize),
+    /// Whether it is the one of its part that sees the loss and says so.
+    pub reports: bool,
+}
+
+impl Place {
+    /// Of a rank.
+    pub fn of(groups: &RankGroups) -> Self {
+        let (at, mesh) = (groups.coordinates(), groups.mesh());
+        let shards = mesh.size(Axis::DpShard);
+        Self {
+            world: mesh.world(),
+            part: (at.dp_replicate * shards + at.dp_shard, mesh.size(Axis::DpReplicate) * shards),
+            reports: at.tp == 0 && at.cp == 0 && at.pp + 1 == mesh.size(Axis::Pp),
+        }
+    }
+}
+
+/// The replicas of a step, seen from one rank of one of them.
+#[derive(Clone)]
+pub struct Members {
+    /// One process a rank.
+    pub group: Arc<dyn Collective>,
+    /// The ranks of this process, which take turns, so that the processes' collectives meet in one order.
+    pub turns: Arc<dyn Collective>,
 }
 
 impl Student {
     /// Loads the student of `config`; `total_steps` shapes the learning-rate schedule.
     pub fn load(config: &Config, folder: &Path, total_steps: u64) -> Result<Self> {
+        Self::load_rank(config, folder, total_steps, &RankGroups::single())
+    }
+
+    /// As [`Student::load`], one rank of a student that is cut over several.
+    pub fn load_rank(config: &Config, folder: &Path, total_steps: u64, groups: &RankGroups) -> Result<Self> {
         let train = &config.train;
+        let options = shards::policy_options(train);
         let model = if config.host.random_init {
             let shape = ModelConfig::from_folder(folder).role("student")?;
-            model::random(&shape, &config.host.device, config.train.seed.unwrap_or(0) as u64).role("student")?
+            let seed = config.train.seed.unwrap_or(0) as u64;
+            sharded::random(&shape, &config.host.device, seed, groups, &options).role("student")?
         } else {
-            model::load(folder, &config.host.device).role("student")?
+            sharded::load(folder, &config.host.device, groups, &options).role("student")?
         };
         let adam_config = AdamConfig {
             decoupled_weight_decay: matches!(train.optm_name, OptimizerName::AdamW | OptimizerName::AdamW8bit),
@@ -48,6 +96,8 @@ impl Student {
             schedule: schedule(config, total_steps)?,
             lr: global_lr(&train.optm_lr)?,
             clip_norm_max: (train.optm_grad_norm_clip > 0.0).then_some(train.optm_grad_norm_clip),
+            members: None,
+            place: Place::of(groups),
         })
     }
 
@@ -58,10 +108,40 @@ impl Student {
 
     /// One optimizer step from the accumulated gradients, which are zero afterwards. Not finite: nothing changed.
     pub fn optimizer_step(&mut self, step: u64) -> Result<StepStats> {
+        self.average_gradients()?;
         let lr = self.learning_rate(step);
         let stats = self.adam.step(self.model.as_mut(), lr, self.clip_norm_max).role("student")?;
         self.model.zero_grads();
         Ok(stats)
+    }
+
+    /// Names the replicas that make the next steps together with this one.
+    pub fn with_members(&mut self, members: Option<Members>) {
+        self.members = members;
+    }
+
+    /// The gradients become the mean of those of all members, as each member's loss is a mean over its own share.
+    fn average_gradients(&mut self) -> Result<()> {
+        let Some(members) = self.members.clone().filter(|members| members.group.world() > 1) else {
+            return Ok(());
+        };
+        let mut all = Vec::new();
+        self.model.visit_grads(&mut |_, gradient| all.extend_from_slice(gradient));
+        for rank in 0..members.turns.world() {
+            if rank == members.turns.rank() {
+                members.group.all_reduce_sum(&mut all)?;
+            }
+            members.turns.barrier()?;
+        }
+        let scale = 1.0 / members.group.world() as f32;
+        let mut rest = all.as_slice();
+        self.model
+            .update_params(&mut |_, _, gradient| {
+                let (own, others) = rest.split_at(gradient.len().min(rest.len()));
+                gradient.iter_mut().zip(own).for_each(|(to, sum)| *to = sum * scale);
+                rest = others;
+            })
+            .role("student")
     }
 
     /// Forgets the optimizer's moments.
@@ -69,24 +149,25 @@ impl Student {
         self.adam = Adam::new(self.adam.config().clone(), self.model.params());
     }
 
-    /// Copies of the weights by name.
-    pub fn weights(&self) -> Vec<HostTensor> {
-        weights_of(self.model.as_ref())
+    /// Copies of the weights by name. Of a sharded student every rank must ask, and those that do not `keep` them get none.
+    pub fn weights(&self, keep: bool) -> Result<Vec<HostTensor>> {
+        gathered(self.model.as_ref(), keep)
     }
 
-    /// Copies of the optimizer's moments, named `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` as in PyTorch.
-    pub fn optimizer_state(&self) -> Vec<HostTensor> {
-        self.adam
-            .state()
-            .zip(self.model.params())
-            .flat_map(|((name, moments), spec)| {
-                [("exp_avg", &moments.m), ("exp_avg_sq", &moments.v)].map(|(kind, values)| HostTensor {
-                    name: format!("{name}.{kind}"),
-                    shape: spec.shape.clone(),
-                    values: values.clone(),
-                })
-            })
-            .collect()
+    /// Copies of the optimizer's moments, named `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` as in PyTorch; `keep` as
+    /// for [`Student::weights`].
+    pub fn optimizer_state(&self, keep: bool) -> Result<Vec<HostTensor>> {
+        let specs = self.model.whole_params().to_vec();
+        let mut state = Vec::new();
+        for (index, ((name, moments), spec)) in self.adam.state().zip(specs).enumerate() {
+            for (kind, values) in [("exp_avg", &moments.m), ("exp_avg_sq", &moments.v)] {
+                let values = self.model.gather(index, values).role("student")?;
+                if keep {
+                    state.push(HostTensor { name: format!("{name}.{kind}"), shape: spec.shape.clone(), values });
+                }
+            }
+        }
+        Ok(state)
     }
 
     /// Optimizer updates done so far.
@@ -94,15 +175,22 @@ impl Student {
         self.adam.steps()
     }
 
-    /// Puts weights and optimizer state of a checkpoint back.
-    pub fn restore(&mut self, folder: &Path, snapshot: Snapshot, optimizer_steps: u64) -> Result<()> {
+    /// Puts weights and optimizer state of a checkpoint back; every rank of a sharded student takes its own pieces.
+    pub fn restore(&mut self, folder: &Path, snapshot: &Snapshot, optimizer_steps: u64) -> Result<()> {
         write_weights(self.model.as_mut(), &snapshot.model, folder)?;
-        let mut state: HashMap<String, Vec<f32>> = snapshot.optimizer.into_iter().map(|t| (t.name, t.values)).collect();
+        let state: HashMap<&str, &[f32]> =
+            snapshot.optimizer.iter().map(|t| (t.name.as_str(), t.values.as_slice())).collect();
+        let model = self.model.as_ref();
+        let specs = model.whole_params();
+        let places: HashMap<&str, usize> = specs.iter().enumerate().map(|(i, s)| (s.name.as_str(), i)).collect();
         self.adam
             .load_state(optimizer_steps, &mut |name| {
-                let m = state.remove(&format!("{name}.exp_avg"))?;
-                let v = state.remove(&format!("{name}.exp_avg_sq"))?;
-                Some(Moments { m, v })
+                let index = *places.get(name)?;
+                let own = |kind: &str| -> Option<Vec<f32>> {
+                    let whole = *state.get(format!("{name}.{kind}").as_str())?;
+                    (whole.len() == specs[index].len()).then(|| model.cut(index, whole).ok()).flatten()
+                };
+                Some(Moments { m: own("exp_avg")?, v: own("exp_avg_sq")? })
             })
             .map_err(|e| RunError::Checkpoint {
                 path: folder.to_path_buf(),
@@ -110,16 +198,30 @@ impl Student {
                 hint: "resume with the configuration that wrote it".into(),
             })
     }
+
+    /// Takes the weights as they are in `weights`, and forgets the optimizer's state.
+    pub fn take_weights(&mut self, weights: &[HostTensor], folder: &Path) -> Result<()> {
+        write_weights(self.model.as_mut(), weights, folder)?;
+        self.model.zero_grads();
+        self.reset_optimizer();
+        Ok(())
+    }
 }
 
 /// Copies of a model's weights by name.
-pub fn weights_of(model: &dyn Model) -> Vec<HostTensor> {
-    let specs = model.params().to_vec();
-    specs
-        .into_iter()
-        .enumerate()
-        .map(|(index, spec)| HostTensor { name: spec.name, shape: spec.shape, values: model.read_param(index) })
-        .collect()
+pub fn weights_of(model: &dyn Model) -> Result<Vec<HostTensor>> {
+    gathered(model, true)
+}
+
+fn gathered(model: &dyn Model, keep: bool) -> Result<Vec<HostTensor>> {
+    let mut weights = Vec::new();
+    for (index, spec) in model.whole_params().to_vec().into_iter().enumerate() {
+        let values = model.gather(index, &model.read_param(index)).role("student")?;
+        if keep {
+            weights.push(HostTensor { name: spec.name, shape: spec.shape, values });
+        }
+    }
+    Ok(weights)
 }
 
 /// Writes weights of a checkpoint into a model of the same shapes.
@@ -129,18 +231,18 @@ pub fn write_weights(model: &mut dyn Model, weights: &[HostTensor], folder: &Pat
         message,
         hint: "the checkpoint belongs to another student: check `policy.model_name_or_path`".into(),
     };
-    for (index, spec) in model.params().to_vec().into_iter().enumerate() {
-        let tensor = weights
-            .iter()
-            .find(|t| t.name == spec.name)
-            .ok_or_else(|| mismatch(format!("it has no tensor `{}`", spec.name)))?;
+    let by_name: HashMap<&str, &HostTensor> = weights.iter().map(|t| (t.name.as_str(), t)).collect();
+    for (index, spec) in model.whole_params().to_vec().into_iter().enumerate() {
+        let tensor =
+            *by_name.get(spec.name.as_str()).ok_or_else(|| mismatch(format!("it has no tensor `{}`", spec.name)))?;
         if tensor.shape != spec.shape {
             return Err(mismatch(format!(
                 "`{}` has shape {:?}, the student's has {:?}",
                 spec.name, tensor.shape, spec.shape
             )));
         }
-        model.write_param(index, &tensor.values).role("student")?;
+        let own = model.cut(index, &tensor.values).role("student")?;
+        model.write_param(index, &own).role("student")?;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod plugin_cases;
 mod plugin_projects;
+mod processes;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -57,6 +58,18 @@ fn help_of_every_command() {
     assert_told("version", &["--version"]);
     for command in [
         "run",
+        "launch",
+        "launch local",
+        "launch plan",
+        "launch node",
+        "launch slurm",
+        "launch lepton",
+        "launch kubernetes",
+        "controller",
+        "policy",
+        "rollout",
+        "teacher",
+        "status",
         "config",
         "config check",
         "config resolve",
@@ -207,6 +220,7 @@ fn doctor_reports_every_check_as_json() {
         "hub_cache",
         "redis",
         "slurm",
+        "srun",
     ] {
         assert!(ids.contains(&id), "{id} is missing from {ids:?}");
     }

@@ -2,11 +2,13 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
-use cosmos_engine::model::{HeadLoss, LogitsSource};
+use cosmos_engine::model::{HeadLoss, LogitsSource, VocabShard};
 use cosmos_engine::objective::{
     DistillKind, DistillSpec, LossType, Mass, Normaliser, ObjectiveSpec, PolicyLoss, Report, Sample, TeacherView,
 };
+use cosmos_parallel::ThreadGroup;
 use cosmos_testkit::{golden, read_json};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
@@ -86,6 +88,54 @@ fn run(loss: &mut PolicyLoss<'_>, mut logits_rv: Vec<f32>, vocab: usize) -> Vec<
         loss.gradient(rows.clone(), &mut logits_rv[rows.start * vocab..rows.end * vocab]).expect("gradient");
     }
     logits_rv
+}
+
+/// The same loss with the vocabulary cut over 2, 3, 4 and 8 ranks, each with its part of the logits: total and gradient
+/// must be those of the whole within 1e-6 of the largest, or of the largest `sums` and `terms` that they are a difference of.
+/// Where the vocabulary does not divide the parts differ in length.
+fn check_cut(
+    name: &str,
+    spec: &ObjectiveSpec,
+    samples: &[Sample],
+    [student_rv, teacher_rv]: [&[f32]; 2],
+    vocab: usize,
+    (total, sums, terms): (f64, f64, f64),
+    gradient_rv: &[f32],
+) {
+    let largest = gradient_rv.iter().fold(0.0f64, |m, g| m.max(f64::from(g.abs())));
+    for ranks in [2, 3, 4, 8] {
+        let part = |shard: &VocabShard, rows_v: &[f32]| -> Vec<f32> {
+            rows_v.chunks(vocab).flat_map(|row| row[shard.ids()].to_vec()).collect()
+        };
+        let one = |shard: VocabShard| {
+            let mut source = Kept { rows_v: part(&shard, teacher_rv), vocab: shard.len };
+            let normaliser = Normaliser::of(spec, samples, 1.0);
+            let mut loss = PolicyLoss::new(spec, samples, normaliser, Some(&mut source)).expect("a loss");
+            loss.set_vocab_shard(&shard).expect("a part of the vocabulary");
+            let own_rv = run(&mut loss, part(&shard, student_rv), shard.len);
+            let got = loss.report().total;
+            assert!(
+                (got - total).abs() <= 1e-6 * total.abs().max(sums),
+                "{name} over {ranks} ranks: {got} where the whole gives {total}"
+            );
+            let own: Vec<f32> = gradient_rv.chunks(vocab).flat_map(|row| row[shard.ids()].to_vec()).collect();
+            for (index, (got, expected)) in own_rv.iter().zip(own).enumerate() {
+                assert!(
+                    f64::from((got - expected).abs()) <= 1e-6 * largest.max(terms),
+                    "{name} over {ranks} ranks, gradient {index} of {shard:?}: {got} where the whole gives {expected}"
+                );
+            }
+        };
+        std::thread::scope(|scope| {
+            for (rank, handle) in ThreadGroup::of(ranks, 60_000).into_iter().enumerate() {
+                let first = vocab * rank / ranks;
+                let len = vocab * (rank + 1) / ranks - first;
+                let shard = VocabShard { first, len, vocab, collective: Arc::new(handle) };
+                let one = &one;
+                scope.spawn(move || one(shard));
+            }
+        });
+    }
 }
 
 fn spec(case: &Value) -> ObjectiveSpec {
@@ -169,7 +219,7 @@ fn check_surrogate(name: &str, case: &Value, tensors: &Tensors<'_>, detached: bo
     let [_, _, v] = tensors.shape("student_logits", Dtype::F32)[..] else { panic!("student logits are [b, l, v]") };
     let (samples, rows_v, places) = samples(case, tensors, detached);
     let mut loss = PolicyLoss::new(&spec, &samples, Normaliser::of(&spec, &samples, 1.0), None).expect("a loss");
-    let gradient_rv = run(&mut loss, rows_v, v);
+    let gradient_rv = run(&mut loss, rows_v.clone(), v);
     let report: Report = loss.into_report();
     // A sum of tokens that cancel is no more exact than its largest part.
     let expected_advantages = tensors.f32("advantages");
@@ -179,6 +229,7 @@ fn check_surrogate(name: &str, case: &Value, tensors: &Tensors<'_>, detached: bo
     } else {
         part
     };
+    check_cut(name, &spec, &samples, [&rows_v, &[]], v, (report.total, sums, 0.0), &gradient_rv);
     assert_near(&format!("{name} total"), report.total, number(case, "total"), sums);
     assert_near(&format!("{name} policy_loss"), report.policy_loss, number(case, "policy_loss"), sums);
     if spec.kl_beta != 0.0 {
@@ -293,7 +344,17 @@ fn golden_full_vocab_gjsd() {
             let normaliser = Normaliser::of(&spec, &samples, 1.0);
             let mut loss = PolicyLoss::new(&spec, &samples, normaliser, Some(&mut source)).expect("a loss");
             let gradient_rv = run(&mut loss, rows(&student), v);
-            assert_near(&format!("{name} {kind:?} loss"), loss.report().total, number(case, "loss"), 0.0);
+            let total = loss.report().total;
+            let logits = [&rows(&student)[..], &rows(&teacher)];
+            // The gradient is a difference of probabilities times log-ratios, whose logarithms are rounded to f32.
+            let term = |(c, t): (f64, f64)| c.exp() * (1.0 + c.abs() + t.abs());
+            let pairs = logits[0].chunks(v).zip(logits[1].chunks(v));
+            let terms =
+                pairs.flat_map(|(s, t)| log_softmax(s, temperature).into_iter().zip(log_softmax(t, temperature)));
+            let most = terms.map(term).fold(0.0, f64::max);
+            let terms = most / places.len() as f64 / temperature;
+            check_cut(&format!("{name} {kind:?}"), &spec, &samples, logits, v, (total, 0.0, terms), &gradient_rv);
+            assert_near(&format!("{name} {kind:?} loss"), total, number(case, "loss"), 0.0);
             let expected = rows(&tensors.f32("grad_student_logits"));
             assert_all_near(&format!("{name} {kind:?} gradient"), &gradient_rv, &expected);
         }

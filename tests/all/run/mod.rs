@@ -2,12 +2,18 @@
 
 mod bad_input;
 mod calculator;
+mod cluster;
 mod conversations;
 mod faults;
+mod faults_broker;
+mod faults_processes;
 mod hostile;
 mod objectives;
 mod presets;
+mod processes;
+mod roles;
 mod several;
+mod teachers;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::{host, metrics, succeed, text, weights_hash};
 
 /// A plugin of `tests/guests/several.wat`.
-struct Guest {
+pub(super) struct Guest {
     name: &'static str,
     /// Eight bytes, the first of which is replaced.
     prompt: &'static str,
@@ -93,21 +93,21 @@ impl Guest {
 }
 
 /// A folder with the plugins `a` and `b`, configurations and runs.
-struct Bench {
-    dir: tempfile::TempDir,
+pub(super) struct Bench {
+    pub(super) dir: tempfile::TempDir,
     a: PathBuf,
     b: PathBuf,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (a, b) = (A.build(dir.path(), "a"), B.build(dir.path(), "b"));
         Self { dir, a, b }
     }
 
     /// A small GRPO configuration with `policy` in `[train.train_policy]` and `rest` at the end.
-    fn config(&self, policy: &str, rest: &str) -> PathBuf {
+    pub(super) fn config(&self, policy: &str, rest: &str) -> PathBuf {
         let path = self.dir.path().join("run.toml");
         let text = format!(
             "[train]\ntimestamp = \"1\"\nmax_num_steps = 3\ntrain_batch_per_replica = 16\noptm_lr = 1e-3\noptm_warmup_steps = 0\nseed = 0\n\
@@ -120,7 +120,7 @@ impl Bench {
         path
     }
 
-    fn out(&self, name: &str) -> PathBuf {
+    pub(super) fn out(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
@@ -133,19 +133,19 @@ impl Bench {
         command
     }
 
-    fn both(&self, config: &Path, out: &str) -> Command {
+    pub(super) fn both(&self, config: &Path, out: &str) -> Command {
         self.command(config, out, &[&self.a, &self.b])
     }
 
     /// The run is refused with all of `expected` in its error, and nothing is written.
-    fn refused(&self, command: &mut Command, expected: &[&str]) {
+    pub(super) fn refused(&self, command: &mut Command, expected: &[&str]) {
         let output = command.output().unwrap();
         check(&output, 2, expected);
         assert!(!self.out("refused").exists(), "something was written: {}", text(&output));
     }
 }
 
-fn check(output: &Output, code: i32, expected: &[&str]) {
+pub(super) fn check(output: &Output, code: i32, expected: &[&str]) {
     assert_eq!(output.status.code(), Some(code), "{}", text(output));
     for part in expected {
         assert!(text(output).contains(part), "`{part}` is not in {}", text(output));
@@ -153,11 +153,11 @@ fn check(output: &Output, code: i32, expected: &[&str]) {
 }
 
 /// The lines of training steps.
-fn trained(run: &Path) -> Vec<Value> {
+pub(super) fn trained(run: &Path) -> Vec<Value> {
     metrics(run).into_iter().filter(|line| line["train/loss_avg"].is_number()).collect()
 }
 
-fn number(line: &Value, name: &str) -> f64 {
+pub(super) fn number(line: &Value, name: &str) -> f64 {
     line[name].as_f64().unwrap_or_else(|| panic!("{name} is not in {line:#}"))
 }
 

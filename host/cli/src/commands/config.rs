@@ -88,5 +88,6 @@ pub fn resolve(file: &Path, set: &[String]) -> Result<Resolved, Failure> {
     let resolved = file.resolve(&now)?;
     let warnings: Vec<Notice> = resolved.warnings.iter().map(|w| Notice::of_config(w, resolved.text())).collect();
     render::notices(&warnings);
+    cosmos_run::check_addresses(&resolved).map_err(|e| Failure::from_run(e, resolved.text()))?;
     Ok(resolved)
 }

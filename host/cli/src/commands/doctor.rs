@@ -1,9 +1,14 @@
 //! `doctor`: what this machine has, what is missing and how to get it.
 
+use std::path::PathBuf;
+
+use clap::ValueHint;
 use comfy_table::{Cell, Table, presets};
 
+use crate::args::Overrides;
 use crate::commands::TableOrJson;
-use crate::doctor::{self, Report, Status};
+use crate::commands::config::resolve;
+use crate::doctor::{self, Launch, Report, Status};
 use crate::failure::{Exit, Failure};
 use crate::output::Output;
 
@@ -13,11 +18,23 @@ pub struct Args {
     /// A table to read, or JSON for programs
     #[arg(long, value_name = "FORMAT", default_value = "table")]
     format: TableOrJson,
+    /// Also check what a launch of this config needs: Redis, ports
+    #[arg(long, short, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    overrides: Overrides,
+    /// Also check that this plugin is on this node. May be repeated
+    #[arg(long = "plugin", short, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    plugins: Vec<PathBuf>,
+    /// Also check this container image of a launch
+    #[arg(long, value_name = "IMAGE")]
+    container: Option<String>,
 }
 
 /// Exit 1 when a run would suffer or fail on this machine.
 pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
-    let report = doctor::examine();
+    let resolved = args.config.as_deref().map(|file| resolve(file, &args.overrides.set)).transpose()?;
+    let report = doctor::examine(&Launch { resolved, plugins: args.plugins, container: args.container });
     match args.format {
         TableOrJson::Json => out.json(&report)?,
         TableOrJson::Table => print(&report, out)?,

@@ -5,10 +5,13 @@ pub mod completions;
 pub mod config;
 pub mod doctor;
 pub mod eval;
+pub mod launch;
 pub mod plugin;
+pub mod role;
 pub mod run;
 pub mod sample;
 pub mod score;
+pub mod status;
 
 use clap::ValueEnum;
 
@@ -20,6 +23,12 @@ use crate::output::Output;
 pub fn dispatch(command: Command, out: &mut Output) -> Result<Exit, Failure> {
     let exit = match command {
         Command::Run(args) => run::run(args),
+        Command::Launch(command) => launch::run(command, out),
+        Command::Controller(args) => role::controller(*args),
+        Command::Policy(args) => role::policy(*args),
+        Command::Rollout(args) => role::rollout(*args),
+        Command::Teacher(args) => role::teacher(*args),
+        Command::Status(args) => status::run(args, out),
         Command::Config(command) => config::run(command, out),
         Command::Plugin(command) => plugin::run(command, out),
         Command::Sample(args) => sample::run(args, out),

@@ -5,6 +5,24 @@ use std::path::Path;
 use super::files::{entries, library, read};
 use super::{Finding, Status};
 
+/// The CUDA version that kernels are compiled with, and the oldest driver that runs what it makes.
+const CUDA_MAJOR: u32 = 13;
+const DRIVER_MIN: u32 = 580;
+
+/// Whether a driver as in `570.86.15` is older than what this build needs. One whose number cannot be read is not called old.
+fn is_too_old(driver: &str) -> bool {
+    driver.split('.').next().and_then(|major| major.parse::<u32>().ok()).is_some_and(|major| major < DRIVER_MIN)
+}
+
+/// The driver's version as the kernel module tells it.
+fn driver_in(text: &str) -> Option<String> {
+    text.lines()
+        .next()?
+        .split_whitespace()
+        .find(|w| w.starts_with(|c: char| c.is_ascii_digit()) && w.contains('.'))
+        .map(str::to_owned)
+}
+
 pub fn devices() -> Finding {
     let mut devices = vec!["cpu", "burn:flex"];
     if cfg!(feature = "burn-cuda") {
@@ -16,13 +34,7 @@ pub fn devices() -> Finding {
 
 pub fn gpu() -> Finding {
     let needed_for = "`burn:cuda`";
-    let driver = read("/proc/driver/nvidia/version").and_then(|text| {
-        text.lines()
-            .next()?
-            .split_whitespace()
-            .find(|w| w.starts_with(|c: char| c.is_ascii_digit()) && w.contains('.'))
-            .map(str::to_owned)
-    });
+    let driver = read("/proc/driver/nvidia/version").and_then(|text| driver_in(&text));
     let gpus: Vec<String> = entries(Path::new("/proc/driver/nvidia/gpus"))
         .filter_map(|gpu| read(gpu.join("information")))
         .map(|text| text.lines().find_map(|l| l.strip_prefix("Model:")).unwrap_or("unknown model").trim().to_owned())
@@ -30,6 +42,13 @@ pub fn gpu() -> Finding {
     let cuda = library("libcuda.so");
     let shown = cuda.as_ref().map(|p| p.display().to_string());
     let (status, found, fix) = match (&driver, gpus.is_empty(), &shown) {
+        (Some(driver), ..) if is_too_old(driver) => (
+            Status::Problem,
+            format!("driver {driver} is too old: CUDA {CUDA_MAJOR} needs {DRIVER_MIN} or newer"),
+            Some(
+                "install the NVIDIA driver (580 or newer) on this node, or take nodes that have it; runs on the CPU need none",
+            ),
+        ),
         (Some(driver), false, Some(_)) => (Status::Ok, format!("driver {driver}, {}", gpus.join(", ")), None),
         (Some(driver), _, None) => (
             Status::Problem,
@@ -77,5 +96,21 @@ fn shared_library(id: &'static str, name: &str, needed_for: &'static str, fix: &
         None => Finding::new(id, needed_for, Status::Missing, format!("{name} is not to be found"))
             .detail("path", None::<String>)
             .fix(fix),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_driver_older_than_the_build_is_seen() {
+        let version = |text: &str| driver_in(text).unwrap();
+        let closed = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\nGCC version: 12.3.0";
+        let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs@host)";
+        assert_eq!((version(closed).as_str(), version(open).as_str()), ("535.183.01", "580.65.06"));
+        assert!(is_too_old("535.183.01") && is_too_old("575.57.08"));
+        assert!(!is_too_old("580.65.06") && !is_too_old("600.1") && !is_too_old("unknown"));
+        assert_eq!(driver_in(""), None);
     }
 }

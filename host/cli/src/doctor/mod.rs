@@ -1,12 +1,15 @@
 //! What this machine has, what is missing and how to get it.
 //!
 //! Checks only look: at files, at search paths and at the versions that programs print. No library is loaded, nothing
-//! is written, nothing goes over the network.
+//! is written. Only the checks of a [`Launch`], which the user asks for, open a connection.
 
 mod accelerator;
 mod files;
+mod launch;
 mod machine;
 mod tools;
+
+pub use launch::Launch;
 
 use cosmos_author::manifest::Language;
 use serde::Serialize;
@@ -69,9 +72,9 @@ pub struct Report {
     pub checks: Vec<Finding>,
 }
 
-/// Looks at everything.
-pub fn examine() -> Report {
-    let checks = vec![
+/// Looks at everything, and at what a launch needs.
+pub fn examine(launch: &Launch) -> Report {
+    let mut checks = vec![
         machine::system(),
         machine::cpu(),
         machine::memory(),
@@ -89,7 +92,9 @@ pub fn examine() -> Report {
         tools::hub_cache(),
         tools::redis(),
         tools::slurm(),
+        launch::srun(),
     ];
+    checks.extend(launch::checks(launch));
     let ready = checks.iter().all(|c| c.status != Status::Problem);
     Report { version: env!("CARGO_PKG_VERSION"), ready, checks }
 }

@@ -68,8 +68,50 @@ table! {
         pub fsdp_reshard_after_forward: Reshard = Reshard::Never,
         /// How teacher results travel between processes. Not in the original.
         pub wire: Wire = Wire::Native,
+        /// Format of the teacher's log-probabilities on the native wire. `float16` halves them and moves each by at most 1/2048 of its value. Not in the original.
+        pub wire_logprob_dtype: WireDtype = WireDtype::Float32,
+        /// Format in which the teacher's last hidden states reach the trainer, for `top_k = -1`: `float32` gives the numbers of one process, the others halve the bytes between processes. Not in the original.
+        pub hidden_dtype: Dtype = Dtype::Float32,
+        /// Several teachers, `[[distillation.teachers]]` for each, in place of `model_name_or_path`. A completion is compared with the mixture of all teachers that answer for its dataset: the mean of their distributions, weighted by `weight`. Not in the original.
+        pub teachers: Vec<TeacherEntry> = Vec::new(),
         /// How the teacher is spread over devices; `dp_replicate_size` must be 1.
         pub parallelism: Parallelism = Parallelism::default(),
+    }
+}
+
+table! {
+    /// One of several teachers. Not in the original.
+    pub struct TeacherEntry {
+        /// Its name in metrics, messages and the run folder: letters, digits, `-` and `_`. Not in the original.
+        pub name: String = String::new(),
+        /// Hub id or folder of the model. Not in the original.
+        pub model_name_or_path: String = String::new(),
+        /// Branch, tag or commit of a hub model. Not in the original.
+        pub model_revision: Option<String> = None,
+        /// Its share in the mixture, before those of a dataset's teachers are scaled to sum to one. Above 0. Not in the original.
+        pub weight: f64 = 1.0,
+        /// The datasets that it answers for, as `plugin/dataset` like in `host.train_dataset`; absent: all. A validation dataset that no teacher names belongs to the teachers of the same plugin's training datasets. Not in the original.
+        pub datasets: Option<Vec<String>> = None,
+        /// Completions per forward pass; absent: `distillation.mini_batch`. Not in the original.
+        #[schemars(range(min = 1))]
+        pub mini_batch: Option<usize> = None,
+        /// How it is spread over devices and how many replicas of it there are; absent: `distillation.parallelism`. Not in the original.
+        pub parallelism: Option<Parallelism> = None,
+    }
+}
+
+impl Distillation {
+    /// The teachers: those of the list, or the table's own under the name `teacher`.
+    pub fn each_teacher(&self) -> Vec<TeacherEntry> {
+        if !self.teachers.is_empty() {
+            return self.teachers.clone();
+        }
+        vec![TeacherEntry {
+            name: "teacher".into(),
+            model_name_or_path: self.model_name_or_path.clone(),
+            model_revision: self.model_revision.clone(),
+            ..TeacherEntry::default()
+        }]
     }
 }
 
@@ -105,6 +147,16 @@ pub enum SupportRule {
     Teacher,
     /// Both.
     Union,
+}
+
+/// How a number travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum WireDtype {
+    /// 4 bytes, exact.
+    Float32,
+    /// 2 bytes, rounded by at most 1/2048 of the value.
+    Float16,
 }
 
 /// How teacher results travel between processes.

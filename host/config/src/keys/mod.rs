@@ -34,9 +34,9 @@ mod sft;
 mod train;
 mod unused;
 
-pub use distillation::{Distillation, MassRule, ObjectiveKind, SupportRule, Wire};
+pub use distillation::{Distillation, MassRule, ObjectiveKind, SupportRule, TeacherEntry, Wire, WireDtype};
 pub use grpo::{GrpoConfig, LossType, OverlongReward, RemoteReward, RemoteRewardFn, Variant};
-pub use host::{Host, Plugin};
+pub use host::{Host, Plugin, WeightsTransport};
 pub use policy::{Lora, Parallelism, PipelineSchedule, Policy};
 pub use records::{Logging, Profiler, SubProfiler};
 pub use rollout::{AsyncConfig, MultiTurn, R2rSync, Rollout, RolloutMode, Sampling, Validation};
@@ -69,7 +69,7 @@ table! {
         pub plugin: BTreeMap<String, Plugin> = BTreeMap::new(),
         /// Free-form values for the user's own plugins, one table for each: `[custom.countdown]`. Every plugin gets them as JSON, checked against the schema that it declares; the host itself reads none of them.
         pub custom: serde_json::Map<String, serde_json::Value> = serde_json::Map::new(),
-        /// Port of the Redis server between processes, as a string. A run in one process needs no server.
+        /// The Redis server between processes: a port of this machine as a string, where a server is joined or started, or `redis://user:password@host:port/db`, with TLS `rediss://` (`?ca=FILE` names a private authority). A run in one process needs no server.
         pub redis: String = String::new(),
         /// Addresses of the controller, `ip1;ip2`. Filled by the original's controller. No effect here.
         pub eth_ips: String = String::new(),

@@ -33,7 +33,12 @@ impl Layout {
     pub fn of(config: &ModelConfig) -> Self {
         let heads =
             Heads { heads: config.num_attention_heads, kv_heads: config.num_key_value_heads, dim: config.head_dim };
-        let (h, f, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
+        Self::of_part(config, heads, config.intermediate_size)
+    }
+
+    /// That of a rank which has only these heads, and `f` columns inside the SwiGLU.
+    pub fn of_part(config: &ModelConfig, heads: Heads, f: usize) -> Self {
+        let (h, d) = (config.hidden_size, config.head_dim);
         let mut end = 0;
         let mut next = |len: usize| {
             end += len;
@@ -79,6 +84,16 @@ pub struct CpuBlock {
 }
 
 impl CpuBlock {
+    /// Bytes held.
+    pub(super) fn bytes(&self) -> usize {
+        let linears = [&self.qkv, &self.o, &self.gate_up, &self.down];
+        let matrices: usize = linears.iter().map(|linear| linear.weight.bytes()).sum();
+        let biases = linears.iter().filter_map(|linear| linear.bias.as_ref());
+        let norms = self.qk_norms.iter().flat_map(|(q, k)| [q, k]);
+        let vectors = [&self.input_norm, &self.post_norm].into_iter().chain(norms).chain(biases);
+        matrices + 4 * vectors.map(Vec::capacity).sum::<usize>()
+    }
+
     /// Takes the values of a flat buffer, in the memory that it has.
     pub(super) fn set(&mut self, isa: Isa, layout: &Layout, flat: &[f32]) {
         let vector = |range: &Range<usize>| flat[range.clone()].to_vec();

@@ -28,11 +28,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use cosmos_kernels::attention::Heads;
 use cosmos_kernels::gemm::{Left, Right, Shape, gemm};
 use cosmos_kernels::{Isa, attention, rows};
 
 use super::arena::Buffer;
+use super::inside::Inside;
 use super::layout::{CpuBlock, Layout, Linear};
+use crate::Result;
 
 /// Cosines and sines of positions from 0, `[position, dim / 2]`.
 #[derive(Debug)]
@@ -86,6 +89,8 @@ pub(super) struct Run<'a> {
     pub isa: Isa,
     pub layout: &'a Layout,
     pub block: &'a CpuBlock,
+    /// None for whole blocks.
+    pub inside: Option<&'a Inside>,
 }
 
 impl Run<'_> {
@@ -102,16 +107,27 @@ impl Run<'_> {
         y
     }
 
-    /// `stream + x · Wᵀ + b`.
-    pub fn add_projected(&self, linear: &Linear, x: &[f32], stream: &[f32]) -> Buffer {
+    /// `stream + x · Wᵀ + b`; the product is a sum over tensor parallel ranks.
+    pub fn add_projected(&self, linear: &Linear, x: &[f32], stream: &[f32]) -> Result<Buffer> {
         let (n, k) = (linear.weight.n(), linear.weight.k());
+        let shape = Shape { m: x.len() / k, n, k };
+        let product = |y: &mut Buffer, add: bool| {
+            gemm(self.isa, shape, Left::Rows(x, k), Right::Packed(&linear.weight), y, n, add);
+        };
         let mut y = Buffer::of(stream);
         if let Some(bias) = &linear.bias {
             y.chunks_exact_mut(n).for_each(|row| rows::add(self.isa, row, bias));
         }
-        let shape = Shape { m: x.len() / k, n, k };
-        gemm(self.isa, shape, Left::Rows(x, k), Right::Packed(&linear.weight), &mut y, n, true);
-        y
+        match self.inside {
+            None => product(&mut y, true),
+            Some(inside) => {
+                let mut part = Buffer::dirty(y.len());
+                product(&mut part, false);
+                inside.sum(&mut part)?;
+                rows::add(self.isa, &mut y, &part);
+            }
+        }
+        Ok(y)
     }
 
     pub fn norm(&self, x: &[f32], weight: &[f32]) -> Buffer {
@@ -150,26 +166,84 @@ impl Run<'_> {
     }
 
     /// The second half of the block: from the stream after the attention to the block's output, and gate and up.
-    pub fn feed_forward(&self, z: &[f32]) -> (Buffer, Buffer) {
+    pub fn feed_forward(&self, z: &[f32]) -> Result<(Buffer, Buffer)> {
         let gate_up = self.project(&self.block.gate_up, &self.norm(z, &self.block.post_norm));
         let mut inner = Buffer::dirty(gate_up.len() / 2);
         rows::swiglu(self.isa, &gate_up, self.layout.inner, &mut inner);
-        (self.add_projected(&self.block.down, &inner, z), gate_up)
+        Ok((self.add_projected(&self.block.down, &inner, z)?, gate_up))
+    }
+
+    /// The position of the first of `t` tokens.
+    fn first_position(&self, t: usize) -> usize {
+        self.inside.map_or(0, |inside| inside.first_position(t))
+    }
+
+    /// The ranks that have other tokens of the same sequences, if there are any.
+    fn contexts(&self) -> Option<&Inside> {
+        self.inside.filter(|inside| inside.contexts() > 1)
+    }
+
+    /// Attention of `b` sequences: what it gives, and the logs of its sums.
+    fn attend(&self, b: usize, t: usize, qkv: &[f32]) -> Result<(Buffer, Buffer)> {
+        let attention = |heads: Heads, t: usize, qkv: &[f32]| {
+            let (mut mixed, mut log_sums) = (Buffer::dirty(b * t * heads.width()), Buffer::dirty(b * t * heads.heads));
+            attention::forward(self.isa, heads, b, t, qkv, &mut mixed, &mut log_sums);
+            (mixed, log_sums)
+        };
+        let heads = self.layout.heads;
+        let Some(inside) = self.contexts() else { return Ok(attention(heads, t, qkv)) };
+        let qkv = inside.to_all_tokens(b, qkv, heads.row(), &inside.qkv_spans())?;
+        let (mixed, log_sums) = attention(inside.attending(), t * inside.contexts(), &qkv);
+        Ok((inside.to_own_tokens(b, &mixed, heads.width(), &inside.mixed_spans())?, log_sums))
+    }
+
+    /// Its backward: the gradient at queries, keys and values.
+    fn attend_vjp(
+        &self,
+        b: usize,
+        t: usize,
+        qkv: &[f32],
+        mixed: &[f32],
+        log_sums: &[f32],
+        dmixed: &[f32],
+    ) -> Result<Buffer> {
+        let heads = self.layout.heads;
+        let mut dqkv = Buffer::dirty(qkv.len());
+        let Some(inside) = self.contexts() else {
+            attention::backward(self.isa, heads, b, t, qkv, mixed, log_sums, dmixed, &mut dqkv);
+            return Ok(dqkv);
+        };
+        let (qkv_spans, mixed_spans) = (inside.qkv_spans(), inside.mixed_spans());
+        let qkv = inside.to_all_tokens(b, qkv, heads.row(), &qkv_spans)?;
+        let mixed = inside.to_all_tokens(b, mixed, heads.width(), &mixed_spans)?;
+        let dmixed = inside.to_all_tokens(b, dmixed, heads.width(), &mixed_spans)?;
+        let mut dqkv = Buffer::dirty(qkv.len());
+        let t = t * inside.contexts();
+        attention::backward(self.isa, inside.attending(), b, t, &qkv, &mixed, log_sums, &dmixed, &mut dqkv);
+        inside.to_own_tokens(b, &dqkv, heads.row(), &qkv_spans)
     }
 
     /// The block over `b` sequences.
-    pub fn forward(&self, turns: &Turns, b: usize, x: Arc<Buffer>) -> (Buffer, Whole) {
-        let heads = self.layout.heads;
+    pub fn forward(&self, turns: &Turns, b: usize, x: Arc<Buffer>) -> Result<(Buffer, Whole)> {
         let n = x.len() / self.layout.hidden;
         let t = n / b;
         let raw = self.project(&self.block.qkv, &self.norm(&x, &self.block.input_norm));
-        let qkv = self.turned(&raw, turns, |row| row % t);
-        let (mut mixed, mut log_sums) = (Buffer::dirty(n * heads.width()), Buffer::dirty(n * heads.heads));
-        attention::forward(self.isa, heads, b, t, &qkv, &mut mixed, &mut log_sums);
+        let first = self.first_position(t);
+        let qkv = self.turned(&raw, turns, |row| first + row % t);
+        let (mixed, log_sums) = self.attend(b, t, &qkv)?;
         drop(qkv);
-        let z = self.add_projected(&self.block.o, &mixed, &x);
-        let (y, gate_up) = self.feed_forward(&z);
-        (y, Whole { x, raw, mixed, log_sums, z, gate_up })
+        let z = self.add_projected(&self.block.o, &mixed, &x)?;
+        let (y, gate_up) = self.feed_forward(&z)?;
+        Ok((y, Whole { x, raw, mixed, log_sums, z, gate_up }))
+    }
+
+    /// As [`Run::back`] where the input is the same on all tensor parallel ranks: the sum over them.
+    fn back_joint(&self, dy: &[f32], weight: &[f32], n: usize, k: usize) -> Result<Buffer> {
+        let mut dx = self.back(dy, weight, n, k);
+        if let Some(inside) = self.inside {
+            inside.sum(&mut dx)?;
+        }
+        Ok(dx)
     }
 
     /// `dy · W` for a weight `[n, k]` of the flat buffer.
@@ -181,11 +255,11 @@ impl Run<'_> {
     }
 
     /// Backward over one tile, without the gradients of matrices.
-    pub fn backward(&self, params: &[f32], turns: &Turns, b: usize, saved: Saved, dy: Arc<Buffer>) -> Pending {
+    pub fn backward(&self, params: &[f32], turns: &Turns, b: usize, saved: Saved, dy: Arc<Buffer>) -> Result<Pending> {
         let layout = self.layout;
         let (h, f, heads) = (layout.hidden, layout.inner, layout.heads);
         let Whole { x, raw, mixed, log_sums, z, gate_up } = match saved {
-            Saved::Input(x) => self.forward(turns, b, x).1,
+            Saved::Input(x) => self.forward(turns, b, x)?.1,
             Saved::Whole(whole) => *whole,
         };
         let weight = |range: &Range<usize>| &params[range.clone()];
@@ -195,7 +269,7 @@ impl Run<'_> {
         let mut dgate_up = Buffer::dirty(gate_up.len());
         rows::swiglu_vjp(self.isa, &gate_up, f, &mut inner, &mut dgate_up);
         drop(gate_up);
-        let dz_normed = self.back(&dgate_up, weight(&layout.gate_up), 2 * f, h);
+        let dz_normed = self.back_joint(&dgate_up, weight(&layout.gate_up), 2 * f, h)?;
         let mut dz = Buffer::of(&dy);
         let mut dpost_norm = vec![0.0; h];
         let post_norm = &self.block.post_norm;
@@ -205,13 +279,13 @@ impl Run<'_> {
         drop(z);
 
         let dmixed = self.back(&dz, weight(&layout.o), h, heads.width());
-        let qkv = self.turned(&raw, turns, |row| row % t);
-        let mut dqkv = Buffer::dirty(raw.len());
-        attention::backward(self.isa, heads, b, t, &qkv, &mixed, &log_sums, &dmixed, &mut dqkv);
+        let first = self.first_position(t);
+        let qkv = self.turned(&raw, turns, |row| first + row % t);
+        let dqkv = self.attend_vjp(b, t, &qkv, &mixed, &log_sums, &dmixed)?;
         drop((qkv, dmixed));
         let (draw, dqk_norms) = self.turned_vjp(&raw, dqkv, turns, t);
         drop(raw);
-        let dx_normed = self.back(&draw, weight(&layout.qkv), heads.row(), h);
+        let dx_normed = self.back_joint(&draw, weight(&layout.qkv), heads.row(), h)?;
         let mut dx = Buffer::of(&dz);
         let mut dinput_norm = vec![0.0; h];
         let input_norm = &self.block.input_norm;
@@ -230,7 +304,7 @@ impl Run<'_> {
             &mut dinput_norm,
         );
         let x_normed = self.norm(&x, input_norm);
-        Pending { dx, dy, inner, dgate_up, z_normed, dz, mixed, draw, x_normed, dinput_norm, dpost_norm, dqk_norms }
+        Ok(Pending { dx, dy, inner, dgate_up, z_normed, dz, mixed, draw, x_normed, dinput_norm, dpost_norm, dqk_norms })
     }
 
     /// Backward of [`Run::turned`]: the gradient at `raw`, and at the norms of queries and keys.
@@ -245,8 +319,9 @@ impl Run<'_> {
         let (row, width, dim, half) = (heads.row(), heads.width(), heads.dim, heads.dim / 2);
         let keys = width..width + heads.kv_heads * dim;
         let scale = 1.0 / (dim as f32).sqrt();
+        let first = self.first_position(t);
         for (index, dqkv) in dqkv.chunks_exact_mut(row).enumerate() {
-            let (cos, sin) = turns.at(index % t, half);
+            let (cos, sin) = turns.at(first + index % t, half);
             rows::rotate(self.isa, dqkv, heads.heads, cos, sin, -1.0, scale);
             rows::rotate(self.isa, &mut dqkv[keys.clone()], heads.kv_heads, cos, sin, -1.0, 1.0);
         }

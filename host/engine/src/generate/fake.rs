@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::batch::{Position, TokenBatch};
-use crate::model::{Decoder, HeadLoss, Model, ModelConfig, ParamSpec, Prefill};
+use crate::model::{Decoder, HeadLoss, Model, ModelConfig, ParamSpec, Prefill, VocabShard};
 use crate::{EngineError, Result};
 
 pub(crate) const VOCAB: usize = 50;
@@ -37,6 +37,10 @@ pub(crate) struct FakeModel {
     pub chunk_rows: usize,
     /// Makes the logits of this context (its last token) NaN.
     pub poison: Option<u32>,
+    /// Which ids the head gives; none: all.
+    pub shard: Option<VocabShard>,
+    /// Rounds logits, so that many are equal.
+    pub coarse: bool,
 }
 
 impl FakeModel {
@@ -52,7 +56,16 @@ impl FakeModel {
         );
         let config = ModelConfig::from_json(&text, Path::new("config.json")).unwrap();
         let specs = vec![ParamSpec { name: name.to_owned(), shape: vec![value.len()] }];
-        Self { config, specs, value: value.to_vec(), gradient: gradient.to_vec(), chunk_rows: 3, poison: None }
+        Self {
+            config,
+            specs,
+            value: value.to_vec(),
+            gradient: gradient.to_vec(),
+            chunk_rows: 3,
+            poison: None,
+            shard: None,
+            coarse: false,
+        }
     }
 
     pub fn set_gradient(&mut self, gradient: &[f32]) {
@@ -89,8 +102,20 @@ impl Model for FakeModel {
     fn head_logits_rv(&mut self, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {
         assert!(hidden_rh.len() <= 2 * self.chunk_rows, "more rows than a chunk");
         out.clear();
-        hidden_rh.chunks_exact(2).for_each(|h| logits_of(h[0] as u32, out));
+        let mut row = Vec::new();
+        for h in hidden_rh.chunks_exact(2) {
+            row.clear();
+            logits_of(h[0] as u32, &mut row);
+            if self.coarse {
+                row.iter_mut().for_each(|z| *z = z.round());
+            }
+            out.extend_from_slice(&row[self.vocab_shard().ids()]);
+        }
         Ok(())
+    }
+
+    fn vocab_shard(&self) -> VocabShard {
+        self.shard.clone().unwrap_or_else(|| VocabShard::whole(VOCAB))
     }
 
     fn head_chunk_rows(&self) -> usize {

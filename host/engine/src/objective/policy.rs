@@ -6,12 +6,14 @@ use cosmos_kernels::{Isa, vocabulary};
 use rayon::prelude::*;
 
 use super::divergence::{self, Divergence};
+use super::facts::{Asked, Facts};
 use super::report::Report;
 use super::spec::{DistillKind, DistillSpec, Mass, Normaliser, ObjectiveSpec, Sample, TeacherView, Variant};
 use super::surrogate::{SEQUENCE_LOG_RATIO_MAX, TokenLoss, reference_kl, token_loss, token_ratio};
 use crate::batch::{Position, TokenBatch};
-use crate::model::{HeadLoss, LogitsSource};
+use crate::model::{HeadLoss, LogitsSource, VocabShard};
 use crate::score::ABSENT;
+use crate::score::shard;
 use crate::score::softmax::{RowStats, apply_temperature, divides};
 use crate::{EngineError, Result};
 
@@ -41,6 +43,8 @@ struct Task<'a> {
     /// `entropy_coeff` × the token mean's factor.
     entropy_weight: f64,
     plan: Option<Plan>,
+    /// Which ids the rows hold, where it is not all of them.
+    shard: Option<VocabShard>,
 }
 
 /// A row's sample, its index among the sample's scored tokens and its token's index in the sequence.
@@ -136,7 +140,7 @@ impl<'a> PolicyLoss<'a> {
         let entropy_weight = spec.entropy_coeff * normaliser.token_mean() * normaliser.scale;
         let row_kl = vec![f32::NAN; rows.len()];
         let observed = vec![None; rows.len()];
-        let task = Task { spec, samples, rows, ranges, weights, entropy_weight, plan: None };
+        let task = Task { spec, samples, rows, ranges, weights, entropy_weight, plan: None, shard: None };
         let needs_first_pass = task.needs_first_pass();
         Ok(Self { task, teacher, teacher_rv: Vec::new(), needs_first_pass, observed, report, row_kl })
     }
@@ -214,7 +218,11 @@ impl<'a> PolicyLoss<'a> {
                 "",
             ));
         }
-        let vocab = logits / count;
+        let width = logits / count;
+        let vocab = self.task.shard.as_ref().map_or(width, |shard| shard.vocab);
+        if let Some(shard) = self.task.shard.as_ref().filter(|shard| shard.len != width) {
+            return Err(EngineError::invalid(format!("rows of {width} logits where the rank has {shard:?}"), ""));
+        }
         let outside = |id: u32| id != ABSENT && id as usize >= vocab;
         for row in &self.task.rows[rows.clone()] {
             let sample = &self.task.samples[row.sample];
@@ -236,7 +244,7 @@ impl<'a> PolicyLoss<'a> {
                 ));
             }
         }
-        Ok(vocab)
+        Ok(width)
     }
 
     fn collect(&mut self, rows: Range<usize>, outcomes: Vec<RowOutcome>) {
@@ -288,27 +296,49 @@ impl HeadLoss for PolicyLoss<'_> {
         self.needs_first_pass
     }
 
+    fn set_vocab_shard(&mut self, shard: &VocabShard) -> Result<()> {
+        shard::check(shard)?;
+        self.task.shard = (!shard.is_whole()).then(|| shard.clone());
+        Ok(())
+    }
+
     fn observe(&mut self, rows: Range<usize>, logits_rv: &[f32]) -> Result<()> {
-        let vocab = self.check_chunk(&rows, logits_rv.len())?;
+        let width = self.check_chunk(&rows, logits_rv.len())?;
         self.fetch_teacher(&rows, logits_rv.len())?;
         let task = &self.task;
-        let teacher_rv = &self.teacher_rv;
-        let seen: Vec<Option<Observed>> = logits_rv
-            .par_chunks(vocab)
-            .enumerate()
-            .map(|(r, z_v)| {
-                // The chunk still serves the model, and temperature and the dense divergence write.
-                let mut own_v = z_v.to_vec();
-                let mut teacher_v = teacher_rv.get(r * vocab..(r + 1) * vocab).map(<[f32]>::to_vec);
-                task.observe(task.rows[rows.start + r], &mut own_v, teacher_v.as_deref_mut())
-            })
-            .collect();
+        let row_of = |r: usize| task.rows[rows.start + r];
+        let seen: Vec<Option<Observed>> = if task.shard.is_some() {
+            let temperature = task.spec.temperature;
+            let mut scaled_rv = Vec::new();
+            if divides(temperature) {
+                // The chunk still serves the model.
+                scaled_rv.extend_from_slice(logits_rv);
+                scaled_rv.par_chunks_mut(width).for_each(|z_v| apply_temperature(z_v, temperature));
+            }
+            let own_rv = if scaled_rv.is_empty() { logits_rv } else { &scaled_rv };
+            let facts = task.facts_of_parts(&rows, own_rv, &mut self.teacher_rv)?;
+            facts.iter().enumerate().map(|(r, facts)| task.observe(row_of(r), facts.as_ref()?)).collect()
+        } else {
+            let teacher_rv = &self.teacher_rv;
+            logits_rv
+                .par_chunks(width)
+                .enumerate()
+                .map(|(r, z_v)| {
+                    // The chunk still serves the model, and temperature and the dense divergence write.
+                    let mut own_v = z_v.to_vec();
+                    let mut teacher_v = teacher_rv.get(r * width..(r + 1) * width).map(<[f32]>::to_vec);
+                    apply_temperature(&mut own_v, task.spec.temperature);
+                    let facts = Facts::of(&task.asked(row_of(r)), &own_v, teacher_v.as_deref_mut())?;
+                    task.observe(row_of(r), &facts)
+                })
+                .collect()
+        };
         self.observed[rows].copy_from_slice(&seen);
         Ok(())
     }
 
     fn gradient(&mut self, rows: Range<usize>, logits_rv: &mut [f32]) -> Result<()> {
-        let vocab = self.check_chunk(&rows, logits_rv.len())?;
+        let width = self.check_chunk(&rows, logits_rv.len())?;
         if self.task.plan.is_none() && self.task.needs_plan() {
             self.task.plan = Some(self.task.plan(&self.observed));
             let kept = self.task.plan.iter().flat_map(|plan| &plan.keep);
@@ -316,13 +346,32 @@ impl HeadLoss for PolicyLoss<'_> {
         }
         self.fetch_teacher(&rows, logits_rv.len())?;
         let task = &self.task;
-        let row_of = |r: usize| task.rows[rows.start + r];
+        let temperature = task.spec.temperature;
+        let facts = match task.shard {
+            Some(_) => {
+                logits_rv.par_chunks_mut(width).for_each(|z_v| apply_temperature(z_v, temperature));
+                Some(task.facts_of_parts(&rows, logits_rv, &mut self.teacher_rv)?)
+            }
+            None => None,
+        };
+        let one = |r: usize, z_v: &mut [f32], mut teacher_v: Option<&mut [f32]>| {
+            let row = task.rows[rows.start + r];
+            let found;
+            let facts = match &facts {
+                Some(all) => all[r].as_ref(),
+                None => {
+                    apply_temperature(z_v, temperature);
+                    found = Facts::of(&task.asked(row), z_v, teacher_v.as_deref_mut());
+                    found.as_ref()
+                }
+            };
+            task.gradient(rows.start + r, row, facts, z_v, teacher_v)
+        };
         let outcomes: Vec<RowOutcome> = if self.teacher_rv.is_empty() {
-            let chunks = logits_rv.par_chunks_mut(vocab).enumerate();
-            chunks.map(|(r, z_v)| task.gradient(rows.start + r, row_of(r), z_v, None)).collect()
+            logits_rv.par_chunks_mut(width).enumerate().map(|(r, z_v)| one(r, z_v, None)).collect()
         } else {
-            let chunks = logits_rv.par_chunks_mut(vocab).zip(self.teacher_rv.par_chunks_mut(vocab)).enumerate();
-            chunks.map(|(r, (z_v, t_v))| task.gradient(rows.start + r, row_of(r), z_v, Some(t_v))).collect()
+            let chunks = logits_rv.par_chunks_mut(width).zip(self.teacher_rv.par_chunks_mut(width)).enumerate();
+            chunks.map(|(r, (z_v, t_v))| one(r, z_v, Some(t_v))).collect()
         };
         self.collect(rows, outcomes);
         Ok(())
@@ -406,43 +455,62 @@ impl Task<'_> {
         (free, distill.kl_clip.map_or(free, |clip| free.clamp(-clip, clip)))
     }
 
-    /// The divergence of a row. `teacher_v` becomes the derivatives when the objective is over the whole vocabulary.
-    fn pull(&self, row: Row, z_v: &[f32], stats: &RowStats, teacher_v: Option<(&mut [f32], RowStats)>) -> Option<Pull> {
+    /// What the loss of a row needs of its logits.
+    fn asked(&self, row: Row) -> Asked {
+        let distill = self.distill(row.sample);
+        let candidates = self.candidates(row).map_or(&[][..], |c| c.0);
+        let present = candidates.iter().copied().filter(|&id| id != ABSENT);
+        Asked {
+            ids: std::iter::once(self.target(row)).chain(present).collect(),
+            teacher: distill.filter(|d| d.kind == DistillKind::FullVocab).map(|d| (d.beta, d.kl_clip)),
+        }
+    }
+
+    fn facts_of_parts(
+        &self,
+        rows: &Range<usize>,
+        logits_rv: &[f32],
+        teacher_rv: &mut [f32],
+    ) -> Result<Vec<Option<Facts>>> {
+        let Some(shard) = &self.shard else { return Ok(Vec::new()) };
+        let asked: Vec<Asked> = self.rows[rows.clone()].iter().map(|row| self.asked(*row)).collect();
+        Facts::of_parts(shard, &asked, logits_rv, teacher_rv)
+    }
+
+    /// Where an id lies in the rows of this rank, if it does.
+    fn place(&self, id: u32) -> Option<usize> {
+        match &self.shard {
+            None => Some(id as usize),
+            Some(shard) => shard::local(shard, id),
+        }
+    }
+
+    /// The divergence of a row.
+    fn pull(&self, row: Row, facts: &Facts) -> Option<Pull> {
         let distill = self.distill(row.sample)?;
         let mass = match distill.kind {
             DistillKind::Sampled => return None,
             DistillKind::FullVocab => {
-                let (teacher_v, teacher) = teacher_v?;
-                let divergence =
-                    divergence::over_vocabulary(z_v, stats, teacher_v, &teacher, distill.beta, distill.kl_clip);
+                let divergence = facts.teacher.as_ref()?.1;
                 return Some(Pull { divergence, sparse: Vec::new(), sparse_sum: 0.0, dense: true });
             }
             DistillKind::CosmosGjsd => Mass::Raw,
             DistillKind::Gjsd { mass } => mass,
         };
         let (ids, logprobs) = self.candidates(row)?;
-        let present: Vec<u32> = ids.iter().copied().filter(|&id| id != ABSENT).collect();
-        let c_k: Vec<f64> = present.iter().map(|&id| stats.log_prob(z_v[id as usize])).collect();
+        let present = ids.iter().copied().filter(|&id| id != ABSENT);
+        let c_k: Vec<f64> = facts.logits[1..].iter().map(|&z| facts.stats.log_prob(z)).collect();
         let t_k: Vec<f64> =
             ids.iter().zip(logprobs).filter(|(id, _)| **id != ABSENT).map(|(_, &t)| f64::from(t)).collect();
         let mut gradient_k = Vec::new();
         let divergence = divergence::over_candidates(&c_k, &t_k, distill.beta, mass, distill.kl_clip, &mut gradient_k);
         let sparse_sum = gradient_k.iter().sum();
-        Some(Pull { divergence, sparse: present.into_iter().zip(gradient_k).collect(), sparse_sum, dense: false })
+        Some(Pull { divergence, sparse: present.zip(gradient_k).collect(), sparse_sum, dense: false })
     }
 
-    fn observe(&self, row: Row, z_v: &mut [f32], teacher_v: Option<&mut [f32]>) -> Option<Observed> {
-        apply_temperature(z_v, self.spec.temperature);
-        let stats = RowStats::of(z_v)?;
-        let teacher = match teacher_v {
-            Some(teacher_v) if self.distill(row.sample).is_some() => {
-                let teacher = RowStats::of(teacher_v)?;
-                Some((teacher_v, teacher))
-            }
-            _ => None,
-        };
-        let c = stats.log_prob(z_v[self.target(row) as usize]);
-        let divergence = self.pull(row, z_v, &stats, teacher).map_or(0.0, |pull| pull.divergence.value);
+    fn observe(&self, row: Row, facts: &Facts) -> Option<Observed> {
+        let c = facts.stats.log_prob(facts.logits[0]);
+        let divergence = self.pull(row, facts).map_or(0.0, |pull| pull.divergence.value);
         Some(Observed { c, divergence })
     }
 
@@ -533,10 +601,16 @@ impl Task<'_> {
         Some((if capped { 0.0 } else { ratio }, capped, ratio))
     }
 
-    /// Turns a row of logits into the gradient of the loss.
-    fn gradient(&self, index: usize, row: Row, z_v: &mut [f32], teacher_v: Option<&mut [f32]>) -> RowOutcome {
-        apply_temperature(z_v, self.spec.temperature);
-        let outcome = self.gradient_of_finite(index, row, z_v, teacher_v);
+    /// Turns a row of logits, with temperature, into the gradient of the loss.
+    fn gradient(
+        &self,
+        index: usize,
+        row: Row,
+        facts: Option<&Facts>,
+        z_v: &mut [f32],
+        teacher_v: Option<&mut [f32]>,
+    ) -> RowOutcome {
+        let outcome = facts.map(|facts| self.gradient_of_finite(index, row, facts, z_v, teacher_v));
         outcome.filter(|o| o.finite).unwrap_or_else(|| {
             z_v.fill(0.0);
             RowOutcome::default()
@@ -547,19 +621,16 @@ impl Task<'_> {
         &self,
         index: usize,
         row: Row,
+        facts: &Facts,
         z_v: &mut [f32],
-        mut teacher_v: Option<&mut [f32]>,
-    ) -> Option<RowOutcome> {
+        teacher_v: Option<&mut [f32]>,
+    ) -> RowOutcome {
         let spec = self.spec;
-        let stats = RowStats::of(z_v)?;
-        let target = self.target(row) as usize;
-        let c = stats.log_prob(z_v[target]);
+        let stats = facts.stats;
+        let c = stats.log_prob(facts.logits[0]);
         let distill = self.distill(row.sample);
-        let teacher_stats = match &teacher_v {
-            Some(teacher_v) if distill.is_some() => Some(RowStats::of(teacher_v)?),
-            _ => None,
-        };
-        let pull = self.pull(row, z_v, &stats, teacher_v.as_deref_mut().zip(teacher_stats));
+        let teacher_stats = facts.teacher.as_ref().map(|t| t.0);
+        let pull = self.pull(row, facts);
         let distilled = distill.map(|d| self.distilled(index, row, c, d, pull.as_ref()));
 
         // The policy loss: advantage, ratio, clips.
@@ -620,9 +691,17 @@ impl Task<'_> {
             .all(|x| x.is_finite());
         let kl_finite = distilled.is_none_or(|d| d.kl.is_finite());
         if finite && kl_finite {
-            self.write(z_v, &stats, target, at_target, weight * pull_weight, pull.as_ref(), teacher_v);
+            self.write(
+                z_v,
+                &stats,
+                self.place(self.target(row)),
+                at_target,
+                weight * pull_weight,
+                pull.as_ref(),
+                teacher_v,
+            );
         }
-        Some(RowOutcome { finite: finite && kl_finite, ..outcome })
+        RowOutcome { finite: finite && kl_finite, ..outcome }
     }
 
     fn distilled(&self, index: usize, row: Row, c: f64, distill: &DistillSpec, pull: Option<&Pull>) -> Distilled {
@@ -684,7 +763,7 @@ impl Task<'_> {
         &self,
         z_v: &mut [f32],
         stats: &RowStats,
-        target: usize,
+        target: Option<usize>,
         at_target: f64,
         pull_weight: f64,
         pull: Option<&Pull>,
@@ -695,14 +774,18 @@ impl Task<'_> {
         let entropy = self.entropy_weight;
         // d(−w·H)/dz = w·p·(log p + H).
         stats.write_gradient(z_v, entropy * stats.entropy - at_target - pull_sum, entropy);
-        z_v[target] += at_target as f32;
+        if let Some(target) = target {
+            z_v[target] += at_target as f32;
+        }
         match pull {
             Some(pull) if pull.dense => {
                 vocabulary::add_scaled(Isa::best(), z_v, teacher_v.unwrap_or(&mut []), pull_weight as f32);
             }
             Some(pull) => {
                 for (id, slope) in &pull.sparse {
-                    z_v[*id as usize] += (pull_weight * slope) as f32;
+                    if let Some(at) = self.place(*id) {
+                        z_v[at] += (pull_weight * slope) as f32;
+                    }
                 }
             }
             None => {}

@@ -432,3 +432,6 @@ fn what_does_not_fit_is_refused() {
     assert!(loss.gradient(0..8, &mut rv.clone()).is_err());
     assert!(loss.observe(3..3, &[]).is_err());
 }
+
+#[path = "shard_tests.rs"]
+mod shard_tests;

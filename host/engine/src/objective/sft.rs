@@ -5,7 +5,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::batch::{Position, TokenBatch};
-use crate::model::HeadLoss;
+use crate::model::{HeadLoss, VocabShard};
+use crate::score::shard::{self, PartStats, RowPart, pick};
 use crate::score::softmax::RowStats;
 use crate::{EngineError, Result};
 
@@ -46,6 +47,8 @@ pub struct SftLoss {
     seen: usize,
     correct: usize,
     non_finite_rows: usize,
+    /// Which ids the rows hold, where it is not all of them.
+    shard: Option<VocabShard>,
 }
 
 impl SftLoss {
@@ -71,7 +74,17 @@ impl SftLoss {
             ranges.push(start..targets.len());
         }
         let batch = if sequences.is_empty() { None } else { Some((TokenBatch::new(&sequences)?, positions)) };
-        Ok(Self { samples: ranges, targets, batch, weight, nll: 0.0, seen: 0, correct: 0, non_finite_rows: 0 })
+        Ok(Self {
+            samples: ranges,
+            targets,
+            batch,
+            weight,
+            nll: 0.0,
+            seen: 0,
+            correct: 0,
+            non_finite_rows: 0,
+            shard: None,
+        })
     }
 
     /// Number of rows; when it is 0 there is nothing to run.
@@ -121,6 +134,12 @@ impl SftLoss {
 }
 
 impl HeadLoss for SftLoss {
+    fn set_vocab_shard(&mut self, shard: &VocabShard) -> Result<()> {
+        shard::check(shard)?;
+        self.shard = (!shard.is_whole()).then(|| shard.clone());
+        Ok(())
+    }
+
     fn needs_first_pass(&self) -> bool {
         false
     }
@@ -135,25 +154,53 @@ impl HeadLoss for SftLoss {
         else {
             return Err(EngineError::invalid(format!("a chunk of rows {rows:?}; the loss has {}", self.rows()), ""));
         };
-        let vocab = logits_rv.len() / targets.len();
+        let width = logits_rv.len() / targets.len();
+        let vocab = self.shard.as_ref().map_or(width, |shard| shard.vocab);
+        if let Some(shard) = self.shard.as_ref().filter(|shard| shard.len != width) {
+            return Err(EngineError::invalid(format!("rows of {width} logits where the rank has {shard:?}"), ""));
+        }
         if let Some(id) = targets.iter().find(|&&id| id as usize >= vocab) {
             return Err(EngineError::invalid(
                 format!("token {id} is outside the vocabulary of {vocab}"),
                 "use the tokenizer that belongs to the model",
             ));
         }
+        let found: Vec<Option<(RowStats, f32)>> = match &self.shard {
+            None => {
+                let row = |(z_v, &target): (&[f32], &u32)| RowStats::of(z_v).map(|stats| (stats, z_v[target as usize]));
+                logits_rv.par_chunks(width).zip(targets).map(row).collect()
+            }
+            Some(shard) => {
+                let part = |(z_v, &target): (&[f32], &u32)| RowPart {
+                    own: PartStats::of(z_v, shard.first),
+                    other: None,
+                    picked: vec![pick(shard, z_v, target)],
+                    top: Vec::new(),
+                };
+                let parts: Vec<RowPart> = logits_rv.par_chunks(width).zip(targets).map(part).collect();
+                let whole = shard::join(shard, &parts, 0)?;
+                whole.into_iter().map(|row| row.own.map(|stats| (stats, row.picked[0]))).collect()
+            }
+        };
+        let place = |target: u32| match &self.shard {
+            None => Some(target as usize),
+            Some(shard) => shard::local(shard, target),
+        };
         let weight = self.weight;
         let outcomes: Vec<Option<(f64, bool)>> = logits_rv
-            .par_chunks_mut(vocab)
+            .par_chunks_mut(width)
             .zip(targets)
-            .map(|(z_v, &target)| {
-                let found = RowStats::of(z_v).map(|stats| (stats, stats.log_prob(z_v[target as usize])));
+            .zip(found)
+            .map(|((z_v, &target), found)| {
+                let found = found.map(|(stats, z)| (stats, stats.log_prob(z)));
                 let Some((stats, log_prob)) = found.filter(|f| f.1.is_finite()) else {
                     z_v.fill(0.0);
                     return None;
                 };
                 stats.write_gradient(z_v, weight, 0.0);
-                z_v[target as usize] -= weight as f32;
+                if let Some(at) = place(target) {
+                    z_v[at] -= weight as f32;
+                }
                 Some((-log_prob, stats.argmax == target))
             })
             .collect();

@@ -86,9 +86,7 @@ impl Adam {
         if model.params() != self.specs {
             return Err(EngineError::invalid("the optimizer was made for other parameters than this model has", ""));
         }
-        let mut square = 0.0;
-        model.visit_grads(&mut |_, gradient| square += sum_of_squares(gradient));
-        let grad_norm = square.sqrt();
+        let grad_norm = model.sum_of_squares(&sum_of_squares)?.sqrt();
         if !grad_norm.is_finite() {
             return Ok(StepStats { grad_norm, clipped: false, finite: false });
         }

@@ -3,7 +3,7 @@
 //! Whole rows go through [`cosmos_kernels::vocabulary`]; the exponential here serves single numbers.
 
 use cosmos_kernels::Isa;
-use cosmos_kernels::vocabulary::{self, Distribution};
+use cosmos_kernels::vocabulary::{self, Distribution, Sums};
 
 /// Below this, `exp` is treated as zero (the smallest normal f32 is `exp(-87.3)`).
 const EXP_MIN: f32 = -87.0;
@@ -47,9 +47,13 @@ pub(crate) struct RowStats {
 impl RowStats {
     /// Statistics of the row, or `None` when it holds NaN or +∞, or nothing above −∞.
     pub fn of(z_v: &[f32]) -> Option<Self> {
-        let sums = vocabulary::sums(Isa::best(), z_v)?;
+        vocabulary::sums(Isa::best(), z_v).map(Self::from_sums)
+    }
+
+    /// From the sums of the whole row.
+    pub fn from_sums(sums: Sums) -> Self {
         let entropy = (sums.sum.ln() - sums.weighted / sums.sum).max(0.0);
-        Some(Self { max: sums.max, argmax: sums.argmax as u32, sum: sums.sum, entropy })
+        Self { max: sums.max, argmax: sums.argmax as u32, sum: sums.sum, entropy }
     }
 
     /// As the kernels take it.

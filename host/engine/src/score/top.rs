@@ -10,6 +10,18 @@ fn order(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
 /// The `k` largest values and their ids, best first, in one pass over the row and `2·k` entries of memory. `k` larger
 /// than the row gives the whole row.
 pub(crate) fn top_k(z_v: &[f32], k: usize) -> Vec<(f32, u32)> {
+    top_k_from(z_v, k, 0)
+}
+
+/// The `k` best of candidates in any order.
+pub(crate) fn best(mut candidates: Vec<(f32, u32)>, k: usize) -> Vec<(f32, u32)> {
+    candidates.sort_unstable_by(order);
+    candidates.truncate(k);
+    candidates
+}
+
+/// As [`top_k`] of a row whose first value has id `first`.
+pub(crate) fn top_k_from(z_v: &[f32], k: usize, first: usize) -> Vec<(f32, u32)> {
     let k = k.min(z_v.len());
     if k == 0 {
         return Vec::new();
@@ -18,12 +30,12 @@ pub(crate) fn top_k(z_v: &[f32], k: usize) -> Vec<(f32, u32)> {
     let mut best: Vec<(f32, u32)> = Vec::with_capacity(room);
     let mut threshold = f32::NEG_INFINITY;
     let mut full = false;
-    for (id, &z) in z_v.iter().enumerate() {
+    for (at, &z) in z_v.iter().enumerate() {
         // A later id with an equal value never displaces an earlier one.
         if full && z <= threshold {
             continue;
         }
-        best.push((z, id as u32));
+        best.push((z, (first + at) as u32));
         if best.len() == room {
             best.select_nth_unstable_by(k - 1, order);
             best.truncate(k);

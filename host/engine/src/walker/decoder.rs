@@ -152,7 +152,7 @@ fn run<E: BlockEngine>(
     let rows: Vec<DecodeRow> = tokens.iter().map(|t| DecodeRow { slot: t.row.slot - first_slot, ..t.row }).collect();
     let mut ids: Vec<u32> = tokens.iter().map(|t| t.id).collect();
     ids.resize(engine.decode_rows(ids.len()), 0);
-    let mut x = engine.embed(&model.device.embed, &model.groups[0], &ids);
+    let mut x = engine.embed(&model.device.embed, &model.groups[0], &ids)?;
     for (block, kv) in model.device.blocks.iter().zip(caches) {
         x = engine.block_decode(block, kv, &rows, x)?;
     }

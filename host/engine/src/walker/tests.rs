@@ -440,8 +440,11 @@ proptest! {
             all.push(logits);
             found.push(all);
         }
+        let largest = |values: &[f32]| values.iter().fold(0f32, |max, x| max.max(x.abs()));
+        // A gradient that is zero but for rounding (the queries' of sequences of one token) is as exact as its terms.
+        let floor = found[0].iter().map(|values| 1e-2 * largest(values)).fold(1e-3, f32::max);
         for (index, (reference, cpu)) in found[0].iter().zip(&found[1]).enumerate() {
-            let scale = reference.iter().fold(1e-3f32, |max, x| max.max(x.abs()));
+            let scale = largest(reference).max(floor);
             for (r, c) in reference.iter().zip(cpu) {
                 prop_assert!((r - c).abs() <= 2e-4 * scale, "tensor {index} of {config:?}: {r} and {c}, scale {scale}");
             }

@@ -5,7 +5,7 @@ use crate::model::ModelConfig;
 use crate::{EngineError, Result};
 
 /// A few rows of a batch, padded to the longest of them.
-pub(super) struct Tile {
+pub(crate) struct Tile {
     /// Padded length.
     pub t: usize,
     /// Token ids, `[b, t]`.
@@ -25,7 +25,7 @@ impl Tile {
 
 /// Tiles of about `tile_tokens` tokens that hold every wanted position and the tokens before it. Tokens after a row's
 /// last wanted position change nothing and are left out, and so are rows without one.
-pub(super) fn plan(
+pub(crate) fn plan(
     batch: &TokenBatch,
     positions: &[Position],
     config: &ModelConfig,
@@ -103,7 +103,7 @@ fn check(batch: &TokenBatch, config: &ModelConfig) -> Result<()> {
 }
 
 /// Ids must be rows of the embedding.
-pub(super) fn check_ids(ids: &[u32], config: &ModelConfig) -> Result<()> {
+pub(crate) fn check_ids(ids: &[u32], config: &ModelConfig) -> Result<()> {
     match ids.iter().find(|id| **id as usize >= config.vocab_size) {
         None => Ok(()),
         Some(id) => Err(EngineError::invalid(

@@ -72,8 +72,14 @@ impl Default for ExportOptions {
     }
 }
 
-/// Writes `model` as a Hugging Face folder: `config.json`, `generation_config.json`, weights, tokenizer.
+/// Writes `model` as a Hugging Face folder: `config.json`, `generation_config.json`, weights, tokenizer. Collective for a
+/// sharded model: its first rank writes, and holds the whole of one weight file at a time.
 pub fn export(model: &dyn Model, folder: &Path, options: &ExportOptions) -> Result<()> {
+    if model.rank().is_some_and(|(rank, _)| rank > 0) {
+        // The others only give their pieces.
+        return (0..model.whole_params().len())
+            .try_for_each(|index| model.gather(index, &model.read_param(index)).map(drop));
+    }
     fs::create_dir_all(folder).map_err(|source| EngineError::Io { path: folder.to_path_buf(), source })?;
     write_weights(model, folder, options)?;
     write_json(&folder.join("config.json"), &model.config().to_json(options.dtype.name()))?;
@@ -120,6 +126,8 @@ fn write_json(path: &Path, value: &Value) -> Result<()> {
 struct Stored<'a> {
     model: &'a dyn Model,
     index: usize,
+    /// Put together from the ranks of a sharded model.
+    gathered: Option<&'a [f32]>,
     spec: &'a ParamSpec,
     dtype: Dtype,
 }
@@ -137,7 +145,10 @@ impl View for Stored<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let values = self.model.read_param(self.index);
+        let values = match self.gathered {
+            Some(values) => Cow::Borrowed(values),
+            None => Cow::Owned(self.model.read_param(self.index)),
+        };
         Cow::Owned(match self.dtype {
             Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             Dtype::Bf16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
@@ -170,7 +181,7 @@ fn shards(specs: &[ParamSpec], options: &ExportOptions) -> Vec<Range<usize>> {
 }
 
 fn write_weights(model: &dyn Model, folder: &Path, options: &ExportOptions) -> Result<()> {
-    let specs = model.params();
+    let specs = model.whole_params();
     let shards = shards(specs, options);
     let single = folder.join("model.safetensors");
     let index = folder.join("model.safetensors.index.json");
@@ -180,9 +191,12 @@ fn write_weights(model: &dyn Model, folder: &Path, options: &ExportOptions) -> R
             1 => "model.safetensors".to_string(),
             count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
         };
+        let gather = |index| model.rank().map(|_| model.gather(index, &model.read_param(index))).transpose();
+        let gathered = shard.clone().map(gather).collect::<Result<Vec<_>>>()?;
         replace(&folder.join(&name), &|to| {
-            let views = shard.clone().map(|index| {
-                (specs[index].name.as_str(), Stored { model, index, spec: &specs[index], dtype: options.dtype })
+            let views = shard.clone().zip(&gathered).map(|(index, gathered)| {
+                let (spec, gathered) = (&specs[index], gathered.as_deref());
+                (spec.name.as_str(), Stored { model, index, gathered, spec, dtype: options.dtype })
             });
             // transformers refuses weights that do not say which framework they are for.
             let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);

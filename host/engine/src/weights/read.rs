@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -24,47 +25,90 @@ fn bad(path: &Path, message: impl Into<String>, hint: impl Into<String>) -> Engi
 /// The parameters of the checkpoint in `folder`, in the order of [`ModelConfig::params`]. Every tensor must be there
 /// once with the shape that the config implies, and no other; a head beside tied embeddings is left out.
 pub fn read(folder: &Path, config: &ModelConfig) -> Result<Vec<Vec<f32>>> {
-    let specs = config.params();
-    let index_of: HashMap<&str, usize> =
-        specs.iter().enumerate().map(|(index, spec)| (spec.name.as_str(), index)).collect();
-    let mut values: Vec<Option<Vec<f32>>> = vec![None; specs.len()];
-    let files = files(folder)?;
-    for path in &files {
-        let map = map(path)?;
-        let tensors = parse(path, &map)?;
-        for (name, view) in tensors.tensors() {
-            let Some(index) = index_of.get(name.as_str()) else {
-                if ignored(&name, config) {
-                    continue;
+    let checkpoint = Checkpoint::open(folder, config)?;
+    let whole = |(index, spec): (usize, ParamSpec)| {
+        let mut values = vec![0.0; spec.len()];
+        checkpoint.read_part(index, 0, &mut values);
+        values
+    };
+    Ok(config.params().into_iter().enumerate().map(whole).collect())
+}
+
+/// A checkpoint whose tensors were found to be those of a config; values are read when they are asked for.
+pub struct Checkpoint {
+    maps: Vec<Mmap>,
+    /// File, bytes within it and type of each parameter.
+    places: Vec<(usize, Range<usize>, Dtype)>,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in `folder`, with the checks of [`read`].
+    pub fn open(folder: &Path, config: &ModelConfig) -> Result<Self> {
+        let specs = config.params();
+        let index_of: HashMap<&str, usize> =
+            specs.iter().enumerate().map(|(index, spec)| (spec.name.as_str(), index)).collect();
+        let mut places: Vec<Option<(usize, Range<usize>, Dtype)>> = vec![None; specs.len()];
+        let mut maps = Vec::new();
+        let files = files(folder)?;
+        for path in &files {
+            let map = map(path)?;
+            for (name, view) in parse(path, &map)?.tensors() {
+                let Some(index) = index_of.get(name.as_str()) else {
+                    if ignored(&name, config) {
+                        continue;
+                    }
+                    return Err(bad(
+                        path,
+                        format!("unexpected tensor `{name}`"),
+                        "does `config.json` belong to these weights?",
+                    ));
+                };
+                if places[*index].is_some() {
+                    return Err(bad(
+                        path,
+                        format!("tensor `{name}` is in more than one file"),
+                        "remove the left-over file",
+                    ));
                 }
-                return Err(bad(
-                    path,
-                    format!("unexpected tensor `{name}`"),
-                    "does `config.json` belong to these weights?",
-                ));
-            };
-            if values[*index].is_some() {
-                return Err(bad(
-                    path,
-                    format!("tensor `{name}` is in more than one file"),
-                    "remove the left-over file",
-                ));
+                let bytes = check(path, &specs[*index], &view)?;
+                // A view's data is a part of the map.
+                let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
+                places[*index] = Some((maps.len(), start..start + bytes, view.dtype()));
             }
-            values[*index] = Some(convert(path, &specs[*index], &view)?);
+            maps.push(map);
+        }
+        let missing: Vec<&str> =
+            specs.iter().zip(&places).filter(|(_, place)| place.is_none()).map(|(s, _)| s.name.as_str()).collect();
+        if let Some(first) = missing.first() {
+            let more = if missing.len() > 1 { format!(" and {} more", missing.len() - 1) } else { String::new() };
+            let place = if files.len() == 1 { files[0].as_path() } else { folder };
+            return Err(bad(
+                place,
+                format!("tensor `{first}`{more} is missing"),
+                "does `config.json` belong to these weights?",
+            ));
+        }
+        Ok(Self { maps, places: places.into_iter().flatten().collect() })
+    }
+
+    /// Values of parameter `index` from `first` on, as many as `out` holds. No other page of the file is read.
+    ///
+    /// # Panics
+    /// When the parameter has fewer.
+    pub fn read_part(&self, index: usize, first: usize, out: &mut [f32]) {
+        let (file, range, dtype) = &self.places[index];
+        let data = &self.maps[*file][range.clone()];
+        match dtype {
+            Dtype::BF16 => fill(&data[2 * first..], out, |b: [u8; 2]| bf16::from_le_bytes(b).to_f32()),
+            Dtype::F16 => fill(&data[2 * first..], out, |b: [u8; 2]| f16::from_le_bytes(b).to_f32()),
+            _ => fill(&data[4 * first..], out, f32::from_le_bytes),
         }
     }
-    let missing: Vec<&str> =
-        specs.iter().zip(&values).filter(|(_, v)| v.is_none()).map(|(s, _)| s.name.as_str()).collect();
-    if let Some(first) = missing.first() {
-        let more = if missing.len() > 1 { format!(" and {} more", missing.len() - 1) } else { String::new() };
-        let place = if files.len() == 1 { files[0].as_path() } else { folder };
-        return Err(bad(
-            place,
-            format!("tensor `{first}`{more} is missing"),
-            "does `config.json` belong to these weights?",
-        ));
-    }
-    Ok(values.into_iter().flatten().collect())
+}
+
+fn fill<const N: usize>(data: &[u8], out: &mut [f32], value: impl Fn([u8; N]) -> f32) {
+    let data = &data.as_chunks::<N>().0[..out.len()];
+    out.iter_mut().zip(data).for_each(|(out, bytes)| *out = value(*bytes));
 }
 
 /// Tensors that some checkpoints carry and no model needs.
@@ -131,7 +175,7 @@ fn map(path: &Path) -> Result<Mmap> {
     if bytes < 8 {
         return Err(bad(path, format!("holds {bytes} bytes, too few for a safetensors file"), "download it again"));
     }
-    // SAFETY: the map is read only and dropped before `read` returns. Another process that shortens the file meanwhile
+    // SAFETY: the map is read only. Another process that shortens the file meanwhile
     // would end this one with a bus error; checkpoints are replaced by rename, never rewritten in place.
     unsafe { Mmap::map(&file) }.map_err(io)
 }
@@ -153,16 +197,14 @@ fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
     })
 }
 
-fn convert(path: &Path, spec: &ParamSpec, view: &TensorView<'_>) -> Result<Vec<f32>> {
+/// A tensor must have the shape that the config implies, and a type that can be read; its bytes.
+fn check(path: &Path, spec: &ParamSpec, view: &TensorView<'_>) -> Result<usize> {
     if view.shape() != spec.shape {
         let message = format!("tensor `{}` has shape {:?}, expected {:?}", spec.name, view.shape(), spec.shape);
         return Err(bad(path, message, "does `config.json` belong to these weights?"));
     }
-    let data = view.data();
     match view.dtype() {
-        Dtype::F32 => Ok(data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
-        Dtype::BF16 => Ok(data.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect()),
-        Dtype::F16 => Ok(data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect()),
+        Dtype::F32 | Dtype::BF16 | Dtype::F16 => Ok(view.data().len()),
         other => Err(bad(
             path,
             format!("tensor `{}` has dtype {other:?}, expected F32, BF16 or F16", spec.name),

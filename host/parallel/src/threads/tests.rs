@@ -32,6 +32,79 @@ fn numbers(rank: usize, len: usize, seed: u32) -> Vec<f32> {
         .collect()
 }
 
+/// What one thread computes, in the order of the ranks.
+fn reduced(all: &[Vec<f32>], join: fn(f32, f32) -> f32) -> Vec<f32> {
+    let first = all[0].clone();
+    all[1..].iter().fold(first, |total, values| total.iter().zip(values).map(|(a, b)| join(*a, *b)).collect())
+}
+
+/// Long buffers take another way, which must not show; lengths that do not divide among the ranks too.
+#[test]
+fn long_sums_have_the_same_bits() {
+    for (world, len) in [(2, SMALL_VALUES_MAX + 1), (3, 10_000), (7, 5 * SMALL_VALUES_MAX + 3)] {
+        let all: Vec<Vec<f32>> = (0..world).map(|rank| numbers(rank, len, 7)).collect();
+        let (total, largest) = (reduced(&all, |a, b| a + b), reduced(&all, f32::max));
+        on_every(ThreadGroup::of(world, PATIENT_MS), |rank| {
+            let (mut sum, mut max) = (all[rank.rank()].clone(), all[rank.rank()].clone());
+            rank.all_reduce_sum(&mut sum).unwrap();
+            rank.all_reduce_max(&mut max).unwrap();
+            assert_eq!((sum, max), (total.clone(), largest.clone()));
+        });
+    }
+}
+
+#[test]
+fn nan_is_not_hidden_by_a_maximum() {
+    let most = on_every(ThreadGroup::of(3, PATIENT_MS), |rank| {
+        let mut values = [1.0, 1.0, 1.0];
+        values[rank.rank()] = f32::NAN;
+        values[(rank.rank() + 1) % 3] = 2.0;
+        rank.all_reduce_max(&mut values).unwrap();
+        values.map(f32::is_nan)
+    });
+    assert_eq!(most, [[true; 3]; 3]);
+}
+
+#[test]
+fn messages_between_two_ranks_keep_their_order_and_length() {
+    let ranks = ThreadGroup::of(2, PATIENT_MS);
+    for i in 0..MAIL_MAX {
+        ranks[0].send(1, &[i as f32]).unwrap();
+    }
+    let mut got = [0.0];
+    for i in 0..MAIL_MAX {
+        ranks[1].recv(0, &mut got).unwrap();
+        assert_eq!(got, [i as f32]);
+    }
+    assert_eq!(ranks[0].send(0, &got), Err(ParallelError::NoSuchRank { rank: 0, world: 2 }));
+    ranks[0].send(1, &[1.0, 2.0]).unwrap();
+    let error = ranks[1].recv(0, &mut got).unwrap_err();
+    assert_eq!(error, ParallelError::BadLength { operation: "recv", given: 1, expected: 2 });
+    assert!(matches!(ranks[0].barrier().unwrap_err(), ParallelError::Broken { rank: 1, .. }));
+
+    let ranks = ThreadGroup::of(2, 30);
+    let error = ranks[1].recv(0, &mut got).unwrap_err();
+    assert_eq!(error, ParallelError::TimedOut { operation: "recv", missing: vec![0], waited_ms: 30 });
+    let mut ranks = ThreadGroup::of(2, PATIENT_MS);
+    ranks[0].send(1, &[4.0]).unwrap();
+    let (second, first) = (ranks.pop().unwrap(), ranks.pop().unwrap());
+    drop(first);
+    // What was sent before the sender left still arrives.
+    second.recv(0, &mut got).unwrap();
+    assert_eq!(got, [4.0]);
+    let error = second.recv(0, &mut got).unwrap_err();
+    assert_eq!(error, ParallelError::PeerGone { operation: "recv", rank: 0, panicked: false });
+}
+
+#[test]
+fn too_many_bytes_fail_at_every_rank() {
+    let errors = on_every(ThreadGroup::of(2, PATIENT_MS), |rank| {
+        rank.all_gather_bytes(&vec![0; 3 * rank.rank()], 2).unwrap_err().to_string()
+    });
+    assert!(errors[1] == "`all_gather_bytes`: rank 1 brings 3 bytes; at most 2 are allowed", "{errors:?}");
+    assert!(errors[0].contains("rank 1 brings 3 bytes"), "{errors:?}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
@@ -40,7 +113,8 @@ proptest! {
     fn every_rank_has_what_one_thread_computes(world in 1..5_usize, part in 0..7_usize, seed: u32, root in 0..5_usize) {
         let root = root % world;
         let all: Vec<Vec<f32>> = (0..world).map(|rank| numbers(rank, part * world, seed)).collect();
-        let total = sum(&all);
+        let total = reduced(&all, |a, b| a + b);
+        let largest = reduced(&all, f32::max);
         let gathered = all.concat();
         let done = on_every(ThreadGroup::of(world, PATIENT_MS), |rank| {
             for round in 0..5 {
@@ -61,6 +135,29 @@ proptest! {
                 let mut from_root = all[rank.rank()].clone();
                 rank.broadcast(root, &mut from_root).unwrap();
                 assert_eq!(from_root, all[root]);
+                let mut most = all[rank.rank()].clone();
+                rank.all_reduce_max(&mut most).unwrap();
+                assert_eq!(most, largest);
+                let mut received = vec![0.0; part * world];
+                rank.all_to_all(&all[rank.rank()], &mut received).unwrap();
+                let expected: Vec<f32> =
+                    all.iter().flat_map(|from| from[rank.rank() * part..][..part].to_vec()).collect();
+                assert_eq!(received, expected);
+                // Round the ring, to the right and then to the left.
+                let (right, left) = ((rank.rank() + 1) % world, (rank.rank() + world - 1) % world);
+                if world > 1 {
+                    rank.send(right, &all[rank.rank()]).unwrap();
+                    rank.recv(left, &mut received).unwrap();
+                    assert_eq!(received, all[left]);
+                    rank.send(left, &received[..part]).unwrap();
+                    rank.recv(right, &mut received[..part]).unwrap();
+                    assert_eq!(received[..part], all[rank.rank()][..part]);
+                }
+                let name = "n".repeat(rank.rank() + round);
+                let names = rank.all_gather_bytes(name.as_bytes(), 16).unwrap();
+                assert!(names.len() == world && names.iter().enumerate().all(|(r, n)| n.len() == r + round));
+                let at_root = rank.gather_bytes(root, name.as_bytes(), 16).unwrap();
+                assert_eq!(at_root, if rank.rank() == root { names } else { Vec::new() });
                 rank.barrier().unwrap();
             }
             rank.rank()
@@ -143,6 +240,8 @@ fn wrong_buffers_fail_before_anybody_waits() {
     assert_eq!(error, ParallelError::BadLength { operation: "all_gather", given: 3, expected: 2 });
     let error = ranks[0].reduce_scatter_sum(&[1.0; 3], &mut [0.0]).unwrap_err();
     assert_eq!(error, ParallelError::BadLength { operation: "reduce_scatter_sum", given: 3, expected: 2 });
+    let error = ranks[0].all_to_all(&[1.0; 3], &mut [0.0; 3]).unwrap_err();
+    assert_eq!(error, ParallelError::BadLength { operation: "all_to_all", given: 3, expected: 4 });
     assert_eq!(ranks[1].broadcast(2, &mut [0.0]), Err(ParallelError::NoSuchRank { rank: 2, world: 2 }));
 }
 

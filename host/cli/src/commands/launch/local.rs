@@ -1,0 +1,104 @@
+//! `launch local`: all processes of a run on this machine.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::ValueHint;
+use comfy_table::{Table, presets};
+use cosmos_launch::{Counts, LaunchOptions, Machine, Outcome, Placement};
+
+use crate::args::ConfigArgs;
+use crate::commands::config::resolve;
+use crate::failure::{Exit, Failure};
+use crate::output::Output;
+
+/// Arguments of `launch local`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Plugin (a WebAssembly component) with the dataset and the rewards. May be repeated
+    #[arg(long = "plugin", short, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    plugins: Vec<PathBuf>,
+    /// Folder of the run [default: train.output_dir]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    run: Option<PathBuf>,
+    /// Policies, in place of `policy.parallelism.n_init_replicas`
+    #[arg(long, value_name = "N")]
+    policies: Option<usize>,
+    /// Rollouts, in place of `rollout.parallelism.n_init_replicas`
+    #[arg(long, value_name = "N")]
+    rollouts: Option<usize>,
+    /// Teachers, in place of `distillation.parallelism.n_init_replicas`
+    #[arg(long, value_name = "N")]
+    teachers: Option<usize>,
+    /// Let several replicas use one GPU when there are fewer GPUs than they want
+    #[arg(long)]
+    share_gpus: bool,
+    /// Go on from the newest good checkpoint of the run folder
+    #[arg(long)]
+    resume: bool,
+    /// Print which processes there would be, and start none
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Runs it.
+pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
+    let mut set = args.config.overrides.set.clone();
+    // The roles read the same counts, so that the controller knows for how many policies a step waits.
+    let counts = [("policy", args.policies), ("rollout", args.rollouts), ("distillation", args.teachers)];
+    for (table, count) in counts {
+        set.extend(count.map(|count| format!("{table}.parallelism.n_init_replicas={count}")));
+    }
+    let resolved = resolve(&args.config.config, &set)?;
+    let counts = Counts { policies: args.policies, rollouts: args.rollouts, teachers: args.teachers };
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    let machine = Machine { share_gpus: args.share_gpus, ..Machine::this(visible.as_deref()) };
+    let placement = cosmos_launch::placement(&resolved.config, counts, &machine)?;
+    if args.dry_run {
+        out.line(table(&placement))?;
+        return Ok(Exit::Done);
+    }
+    let mut arguments: Vec<OsString> = vec!["--config".into(), args.config.config.into()];
+    for plugin in args.plugins {
+        arguments.extend(["--plugin".into(), plugin.into()]);
+    }
+    for value in set {
+        arguments.extend(["--set".into(), value.into()]);
+    }
+    let program = std::env::current_exe()
+        .map_err(|e| Failure::failed(format!("cannot find this program, to start it for every role: {e}")))?;
+    let run_folder = args.run.unwrap_or_else(|| PathBuf::from(&resolved.config.train.output_dir));
+    if !args.resume && run_folder.join("ledger.log").exists() {
+        return Err(Failure::usage(format!("{} holds a run already", run_folder.display()))
+            .with_hint("go on with it by `--resume`, or take another folder"));
+    }
+    let controller_arguments = if args.resume { vec!["--resume".into()] } else { Vec::new() };
+    let options = LaunchOptions { program, arguments, controller_arguments, run_folder, placement };
+    match cosmos_launch::local(options, &resolved.config)? {
+        Outcome::Done => Ok(Exit::Done),
+        Outcome::Saved => Ok(Exit::Requeue),
+    }
+}
+
+fn table(placement: &Placement) -> String {
+    let mut table = Table::new();
+    let mut header = vec!["process", "ranks", "cores", "gpus", "listens"];
+    let devices_at = 3;
+    if placement.gpus == 0 {
+        header.remove(devices_at);
+    }
+    table.load_style(presets::NOTHING).set_header(header);
+    for place in &placement.places {
+        let cores = place.cores.map_or_else(|| "-".to_owned(), |cores| cores.to_string());
+        let devices = if place.devices.is_empty() { "-".to_owned() } else { place.devices.join(",") };
+        let mut row = vec![place.name.clone(), place.ranks.to_string(), cores, devices, place.listens.clone()];
+        if placement.gpus == 0 {
+            row.remove(devices_at);
+        }
+        table.add_row(row);
+    }
+    let text = table.to_string();
+    text.lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
+}
