@@ -2,6 +2,8 @@
 //!
 //! `--suite compare`: rollout, teacher scoring and one training step on given checkpoints and sequences; the other half
 //! of `benchmarks/compare.py`, which does the same work in transformers and TRL.
+//! `--suite decode`: decoding with weights in f32, bf16 or int8: speed, memory, and the mismatch to training.
+//! `--suite train`: steps of next-token loss and AdamW on a checkpoint, and the peak of memory; `benchmarks/train.py`.
 //! `--suite device`: matrix products, forward and decode of a device, on random models; what `tests/gpu.sh` keeps.
 
 use std::collections::HashMap;
@@ -9,6 +11,7 @@ use std::error::Error;
 use std::hint::black_box;
 use std::ops::{ControlFlow, Range};
 use std::path::Path;
+use std::str::FromStr;
 use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, Tensor};
@@ -17,11 +20,14 @@ use cosmos_engine::batch::{Position, TokenBatch};
 use cosmos_engine::generate::{GenerateOptions, GenerateRequest, SamplingParams, generate};
 use cosmos_engine::model::{self, Family, LogitsSource, Model, ModelConfig, Prefill};
 use cosmos_engine::objective::{
-    DistillKind, DistillSpec, LossType, Normaliser, ObjectiveSpec, PolicyLoss, Report, Sample, TeacherView,
+    DistillKind, DistillSpec, LossType, Normaliser, ObjectiveSpec, PolicyLoss, Report, Sample, SftLoss, SftSample,
+    TeacherView,
 };
 use cosmos_engine::optim::{Adam, AdamConfig};
 use cosmos_engine::score::{ScoreOptions, ScoreRequest, score};
 use serde_json::{Value, json};
+
+mod decode;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -30,12 +36,17 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const USAGE: &str = "usage: bench --suite compare --student DIR --teacher DIR --sequences FILE --prompt-tokens N \
-                     [--micro-batch N] [--device D] [--json FILE]\n       bench --suite device [--device D] [--json FILE]";
+                     [--micro-batch N] [--device D] [--json FILE]\n       bench --suite train --student DIR \
+                     --sequences FILE --steps N --learning-rate R [--device D] [--json FILE]\n       bench --suite decode \
+                     --shape small|qwen2.5-0.5b --format f32|bf16|int8|int8-head [--slots 1,32] [--steps N] [--device D] \
+                     [--json FILE]\n       bench --suite device [--device D] [--json FILE]";
 
 fn main() -> Result<()> {
     let arguments = Arguments::read()?;
     let report = match arguments.text("suite")? {
         "compare" => compare(&arguments)?,
+        "decode" => decode::suite(&arguments)?,
+        "train" => train(&arguments)?,
         "device" => device_suite(arguments.text("device").unwrap_or("cpu"))?,
         other => return Err(format!("unknown suite `{other}`\n{USAGE}").into()),
     };
@@ -64,8 +75,12 @@ impl Arguments {
         self.0.get(name).map(String::as_str).ok_or_else(|| format!("`--{name}` is missing\n{USAGE}").into())
     }
 
-    fn number(&self, name: &str) -> Result<usize> {
+    fn number<T: FromStr<Err: std::fmt::Display>>(&self, name: &str) -> Result<T> {
         Ok(self.text(name)?.parse().map_err(|e| format!("`--{name}`: {e}"))?)
+    }
+
+    fn sequences(&self) -> Result<Vec<Vec<u32>>> {
+        Ok(serde_json::from_str(&std::fs::read_to_string(self.text("sequences")?)?)?)
     }
 }
 
@@ -97,7 +112,7 @@ fn compare(arguments: &Arguments) -> Result<Value> {
     let device = arguments.text("device").unwrap_or("cpu");
     let mut student = model::load(Path::new(arguments.text("student")?), device)?;
     let mut teacher = model::load(Path::new(arguments.text("teacher")?), device)?;
-    let sequences: Vec<Vec<u32>> = serde_json::from_str(&std::fs::read_to_string(arguments.text("sequences")?)?)?;
+    let sequences = arguments.sequences()?;
     let prompt_len = arguments.number("prompt-tokens")?;
     let micro_batch = arguments.number("micro-batch").unwrap_or(8);
     if sequences.iter().any(|s| s.len() <= prompt_len) || micro_batch == 0 {
@@ -215,6 +230,57 @@ fn accumulate(
         total.merge(loss.into_report());
     }
     Ok(total)
+}
+
+// ---- train ------------------------------------------------------------------------------------------------------------
+
+/// Seconds and losses of every step, warm-up and all; the memory that the process held after loading, after the first
+/// backward and after the first update, and the most at once.
+fn train(arguments: &Arguments) -> Result<Value> {
+    let device = arguments.text("device").unwrap_or("cpu");
+    let mut model = model::load(Path::new(arguments.text("student")?), device)?;
+    let sequences = arguments.sequences()?;
+    let (steps, rate): (usize, f64) = (arguments.number("steps")?, arguments.number("learning-rate")?);
+    let samples: Vec<SftSample> = sequences.into_iter().map(|ids| SftSample::response(ids, 1)).collect();
+    let scored: usize = samples.iter().map(SftSample::scored).sum();
+    let settings = AdamConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.01, ..AdamConfig::default() };
+    let mut adam = Adam::new(settings, model.params());
+    let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+    let mut held = vec![("loaded", memory_bytes("VmRSS:"), memory_bytes("VmHWM:"))];
+    for step in 0..steps {
+        let (passed, loss) = timed(|| {
+            let mut loss = SftLoss::new(&samples, 1.0 / scored.max(1) as f64)?;
+            let (batch, positions) = loss.batch()?;
+            model.forward_backward(&batch, &positions, &mut loss)?;
+            if step == 0 {
+                held.push(("backward", memory_bytes("VmRSS:"), memory_bytes("VmHWM:")));
+            }
+            if !adam.step(model.as_mut(), rate, None)?.finite {
+                return Err("the gradient is not finite".into());
+            }
+            model.zero_grads();
+            Ok(loss.total())
+        })?;
+        seconds.push(passed);
+        losses.push(loss);
+        if step == 0 {
+            held.push(("updated", memory_bytes("VmRSS:"), memory_bytes("VmHWM:")));
+        }
+    }
+    let held: Vec<Value> = held
+        .into_iter()
+        .map(|(after, now, peak)| json!({ "after": after, "bytes": now, "peak_bytes": peak }))
+        .collect();
+    let peak = memory_bytes("VmHWM:");
+    Ok(json!({ "device": device, "seconds": seconds, "losses": losses, "memory": held, "peak_bytes": peak }))
+}
+
+/// Bytes of memory that this process holds (`VmRSS:`) or has held at most (`VmHWM:`), or 0 where the system does not say.
+fn memory_bytes(what: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix(what));
+    let kib = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.map_or(0, |kib| kib * 1024)
 }
 
 // ---- device -----------------------------------------------------------------------------------------------------------

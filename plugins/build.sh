@@ -128,10 +128,10 @@ build_all() {
 
 # Core module to component, by the host's own code.
 componentize() {
-  if [ -n "${COSMOS_COMPONENTIZE:-}" ]; then
-    "$COSMOS_COMPONENTIZE" "$1" "$2"
+  if [ -n "${COSMOS_HOST:-}" ]; then
+    "$COSMOS_HOST" plugin build "$1" --out "$2" >/dev/null
   else
-    cargo run -q --release --manifest-path "$root/Cargo.toml" -p cosmos-plugin --example componentize -- "$1" "$2"
+    cargo run -q --release --manifest-path "$root/Cargo.toml" -p cosmos-host -- plugin build "$1" --out "$2" >/dev/null
   fi
 }
 

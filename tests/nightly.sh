@@ -45,9 +45,22 @@ if ((${#results[@]})) && [[ ${results[0]} == "FAILED (no test ran)" ]]; then res
 part "faults of processes" "${test[@]}" -p cosmos-host --test all faults_processes -- --include-ignored --test-threads 1
 part "every sharding combination" "${test[@]}" -p cosmos-engine sharded -- --include-ignored
 part "simulator, $seeds seeds" env COSMOS_SIM_SEEDS="$seeds" "${test[@]}" -p cosmos-controller --test simulator
-# Those that are children of other tests are run by them, and not here.
-part "other ignored tests" "${test[@]}" --workspace --exclude cosmos-plugin --exclude cosmos-parallel \
+# Those that are children of other tests are run by them, and not here. No part builds the documentation's tests.
+part "other ignored tests" "${test[@]}" --workspace --tests --exclude cosmos-plugin --exclude cosmos-parallel \
     --exclude cosmos-engine -- --ignored --skip faults_processes
+
+# Slurm's own daemons, for which this must be root on a machine that has them; with neither it is left out by name.
+if [[ "slurm" == *"$filter"* ]]; then
+    if ((EUID != 0)) || ! command -v slurmctld slurmd munged >/dev/null; then
+        echo "left out: slurm (needs root, and apt-get install slurm-wlm munge)"
+    else
+        started=$SECONDS result=passed
+        printf '== slurm\n'
+        bash tests/slurm/run.sh "${CARGO_TARGET_DIR:-target}/release/cosmos-host" >"$logs/slurm.log" 2>&1 || result=FAILED
+        [[ $result == passed ]] || grep -A 20 '^FAILED' "$logs/slurm.log" | head -30
+        names+=("slurm") results+=("$result") counts+=("$(grep -c '^  ok' "$logs/slurm.log")") seconds+=($((SECONDS - started)))
+    fi
+fi
 
 failed=0
 printf '\n%-32s %-22s %6s %8s\n' part result tests seconds

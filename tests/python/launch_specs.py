@@ -37,6 +37,9 @@ LEPTON = {
 }
 KUBERNETES = {
     "one": ["--one-process"],
+    # A policy of 16 GPUs over two nodes.
+    "large": ["--name", "distil", "--set", "host.device=burn:cuda", "--set", "policy.parallelism.tp_size=8", "--set",
+              "policy.parallelism.dp_shard_size=2"],
     "many": [
         "--name", "distil", "--namespace", "training", "--volume-claim", "runs", "--env", "HF_HUB_OFFLINE=1",
         "--retries", "5", *GPUS,

@@ -27,10 +27,10 @@ state() { head -n 1 "$run/STATE"; }
 
 # Waits until the run's state is $1, at most $2 seconds.
 wait_state() {
-    local until=$((SECONDS + ${2:-240}))
-    while [ "$(state)" != "$1" ]; do
-        case $(state) in done | failed | cancelled | saved) fail "ended as $(state), not $1" ;; esac
-        [ $SECONDS -lt $until ] || fail "state is $(state), not $1, after ${2:-240} s"
+    local until=$((SECONDS + ${2:-240})) now
+    while now=$(state) && [ "$now" != "$1" ]; do
+        case $now in done | failed | cancelled | saved) fail "ended as $now, not $1" ;; esac
+        [ $SECONDS -lt $until ] || fail "state is $now, not $1, after ${2:-240} s"
         sleep 0.5
     done
 }
@@ -179,7 +179,32 @@ real_roles_save_and_resume() {
     [ "$(cat "$run/launch/retries-left")" = 3 ] || fail "saving cost a retry"
 }
 
-scenarios=${*:-a_teacher_dies a_wrong_config_is_not_retried cancelled_by_the_user whole_run_times_out_and_resumes real_roles_save_and_resume real_roles_and_a_teacher_dies roles_on_two_nodes_save_and_resume a_teacher_keeps_dying}
+# A policy of four ranks over two nodes, whose second process is killed: both are started again, and the run ends with the
+# weights of a run that nobody disturbs.
+a_replica_over_two_nodes() {
+    local steps=8 second hash
+    sharded() {
+        submit --nodes 2 --ranks-per-node 2 --slurm-job-time 20 --pre-timeout-signal 60 --set train.max_num_steps=$steps \
+            --set validation.enable=false --set train.ckpt.save_freq=4 --set policy.parallelism.tp_size=2 \
+            --set policy.parallelism.dp_shard_size=2 --set train.timestamp=1 \
+            --port $((31000 + RANDOM % 5000)) --redis-port $((36000 + RANDOM % 5000)) --rdzv-port $((41000 + RANDOM % 5000))
+    }
+    weights() { cat "$run"/checkpoints/step_0000000$steps/model*.safetensors | sha256sum; }
+    sharded
+    wait_state done 600
+    hash=$(weights)
+    sharded
+    wait_lines "$run/metrics.jsonl" 5
+    second=$(pgrep -f "cosmos-host policy .*$run/.*--node-rank 1" | head -n 1)
+    kill -9 "$second"
+    wait_state done 600
+    grep -q "policy-0.1 ended: killed by signal 9" "$run"/slurm-*.log || fail "nobody saw the second process die"
+    grep -q "lost process 1 of this replica" "$run"/launch/attempt-1/logs/policy-0.log || fail "the first did not name it"
+    [ "$(cat "$run/launch/attempt")" = 1 ] || fail "the whole job was started again"
+    [ "$(weights)" = "$hash" ] || fail "other weights than those of the undisturbed run"
+}
+
+scenarios=${*:-a_replica_over_two_nodes a_teacher_dies a_wrong_config_is_not_retried cancelled_by_the_user whole_run_times_out_and_resumes real_roles_save_and_resume real_roles_and_a_teacher_dies roles_on_two_nodes_save_and_resume a_teacher_keeps_dying}
 for scenario in $scenarios; do
     echo "$scenario"
     run=$work

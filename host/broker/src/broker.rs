@@ -1,5 +1,6 @@
 //! What every broker does, in one process or between many.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use crate::{Result, SampleId, TeacherRequest, TeacherResult};
@@ -29,6 +30,9 @@ pub enum Completion {
     Duplicate,
 }
 
+/// What came of a sample: its result, or why there will be none.
+pub(crate) type Scored = std::result::Result<TeacherResult, String>;
+
 /// The answer to [`Broker::fetch`]: every id asked for is in exactly one of the lists.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Fetched {
@@ -38,6 +42,22 @@ pub struct Fetched {
     pub failed: Vec<(SampleId, String)>,
     /// Samples without a result so far; they can be asked for again.
     pub missing: Vec<SampleId>,
+}
+
+impl Fetched {
+    /// What `take` has of `ids`, each of which is asked for once.
+    pub(crate) fn of(ids: &[SampleId], mut take: impl FnMut(&SampleId) -> Option<Scored>) -> Fetched {
+        let mut fetched = Fetched::default();
+        let mut seen = HashSet::with_capacity(ids.len());
+        for id in ids.iter().filter(|id| seen.insert(**id)) {
+            match take(id) {
+                Some(Ok(result)) => fetched.results.push(result),
+                Some(Err(reason)) => fetched.failed.push((*id, reason)),
+                None => fetched.missing.push(*id),
+            }
+        }
+        fetched
+    }
 }
 
 /// How much a broker holds, and for how long.

@@ -26,7 +26,7 @@ pub use memory::MemoryBroker;
 pub use message::{HiddenStates, SampleId, TeacherRequest, TeacherResult};
 pub use remote::{
     CosmosRlBroker, CosmosRlOptions, PromptOf, QueueOptions, RedisAddress, RedisBroker, RedisLimits, RedisLink,
-    RedisServer, RedisStore, Rejected, RowOf, ServerOptions, open_or_start,
+    RedisServer, RedisStore, Rejected, RowOf, ServerConfig, ServerOptions, open_or_start,
 };
 pub use rows::Rows;
 pub use store::{MemoryStore, Store, StoreLimits};

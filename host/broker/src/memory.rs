@@ -267,16 +267,7 @@ impl Broker for MemoryBroker {
                 }
             }
         }
-        let mut fetched = Fetched::default();
-        let mut seen = HashSet::with_capacity(ids.len());
-        for id in ids.iter().filter(|id| seen.insert(**id)) {
-            match state.outcomes.remove(id).map(|outcome| outcome.result) {
-                Some(Ok(result)) => fetched.results.push(result),
-                Some(Err(reason)) => fetched.failed.push((*id, reason)),
-                None => fetched.missing.push(*id),
-            }
-        }
-        Ok(fetched)
+        Ok(Fetched::of(ids, |id| state.outcomes.remove(id).map(|outcome| outcome.result)))
     }
 
     fn forget(&self, ids: &[SampleId]) -> Result<()> {

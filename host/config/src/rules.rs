@@ -454,6 +454,11 @@ impl Rules<'_> {
             let keys = ["host.environment"];
             self.complain(Severity::Warning, &keys, message.into(), "switch it on to hold conversations");
         }
+        if config.rollout.quantize_head && config.rollout.quantization != Quantization::Int8 {
+            let message = "`rollout.quantize_head` is not used without `rollout.quantization = \"int8\"`";
+            let keys = ["rollout.quantize_head"];
+            self.complain(Severity::Warning, &keys, message.into(), "set both, or remove it");
+        }
         let distillation = &config.distillation;
         let own_mass = self.is_set("distillation.top_k_mass") && distillation.top_k_mass != MassRule::Raw;
         if distillation.enable && distillation.objective == ObjectiveKind::CosmosGjsd && own_mass {
@@ -521,6 +526,16 @@ pub(crate) fn unsupported(config: &Config, document: &Document) -> Vec<Problem> 
         turns.enable && turns.continue_final_message,
         "a continuation of the last message",
         "the student answers in messages of its own: remove it",
+    );
+    let rollout = &config.rollout;
+    let narrow = matches!(rollout.quantization, Quantization::Fp8 | Quantization::Mxfp4);
+    refuse("rollout.quantization", narrow, "sampling in FP8 or MXFP4", "use `\"int8\"` or `\"none\"`");
+    let elsewhere = rollout.quantization == Quantization::Int8 && config.host.device != "cpu";
+    refuse(
+        "rollout.quantization",
+        elsewhere,
+        &format!("int8 weights on `{}`", config.host.device),
+        "only the native engine has them: set `host.device = \"cpu\"`",
     );
     let partly = "remove it to train all weights";
     refuse("policy.freeze_pattern", policy.freeze_pattern.is_some(), "frozen parameters", partly);

@@ -406,12 +406,19 @@ fn what_cannot_be_run_is_refused_at_its_place() {
         Err("run.toml:2:13: `train.optm_name` asks for an optimizer with 8-bit state, which is not supported\n  hint: use `\"Adam\"` or `\"AdamW\"`".into())
     );
     assert_eq!(check("[train]\n[rollout.multi_turn_config]\nenable = true\nenable_tools = true\n"), Ok(()));
+    assert_eq!(check("[train]\n[rollout]\nquantization = \"int8\"\nquantize_head = true\n"), Ok(()));
+    assert!(
+        warned("[train]\n[rollout]\nquantize_head = true\n").contains("`rollout.quantize_head` is not used without")
+    );
+    assert!(refused("[train]\n[rollout]\nquantization = \"int4\"\n").contains("`\"int8\"`"));
     assert!(warned("[train]\n[host]\nenvironment = \"a/b\"\n").contains("`host.environment` is not used without"));
     for refused in [
         "[train]\nnon_text = true\n",
         "[train]\n[policy]\nis_diffusers = true\n",
         "[train]\ncompile = false\n[policy]\nlora.r = 4\nparallelism.tp_size = 1\n",
         "[train]\n[rollout.multi_turn_config]\nenable = true\ncontinue_final_message = true\n",
+        "[train]\n[rollout]\nquantization = \"fp8\"\n",
+        "[train]\n[rollout]\nquantization = \"int8\"\n[host]\ndevice = \"burn:flex\"\n",
         "[train.train_policy]\ntype = \"sft\"\ntrainer_type = \"own\"\n",
         &format!("{GRPO}trainer_type = \"own\"\n"),
         &format!("{GRPO}algo = \"own\"\n"),

@@ -51,7 +51,8 @@ impl<M: Machine> Desk<M> {
         self.seq = seq;
         let report = match &event {
             Event::Done { replica, order, outcome } => {
-                self.machine.order_of(replica).filter(|(id, _)| id == order).map(|(id, order)| Report {
+                let own = self.machine.order_of(replica).filter(|(id, _)| id == order);
+                own.filter(|_| self.machine.is_wanted(replica)).map(|(id, order)| Report {
                     seq,
                     replica: replica.clone(),
                     id,

@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use cosmos_controller::{Event, Role};
+use cosmos_controller::Event;
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot};
@@ -22,7 +22,8 @@ use crate::identity::Identity;
 use crate::ledger::{Ledger, Record};
 use crate::listener::{Bounded, Taken};
 use crate::machine::Machine;
-use crate::supervisor::{Ask, End, Fate, Report, Supervisor};
+use crate::need::Need;
+use crate::supervisor::{Ask, End, Fate, Report, Restored, Supervisor};
 use crate::token::Token;
 
 const LEDGER: &str = "ledger.log";
@@ -83,8 +84,8 @@ pub struct EndpointOptions {
     pub identity: Identity,
     /// What every role is told as it joins, such as the broker's address.
     pub info: Value,
-    /// Roles without which the run cannot go on.
-    pub needs: Vec<Role>,
+    /// Whom the run cannot go on without.
+    pub needs: Vec<Need>,
     /// Whether a run that was saved to be resumed goes on (its processes of before are gone), instead of ending again.
     pub reopen: bool,
     /// How long things may take.
@@ -103,7 +104,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Restores `machine`, which must be new, from the ledger in the run folder, if there is one; listens; writes
+    /// Restores `machine` from the ledger in the run folder, if there is one, else begins a ledger with it; listens; writes
     /// `control.json`. Carried-out orders arrive at the receiver; [`recorded`](Self::recorded) says that they have been
     /// dealt with.
     ///
@@ -120,12 +121,13 @@ impl Endpoint {
     ) -> Result<(Self, mpsc::Receiver<Report>)> {
         let EndpointOptions { address, token, run_folder, identity, info, needs, reopen, deadlines } = options;
         let token = token.map_or_else(Token::random, Ok)?;
-        let (mut desk, mut ledger, unrecorded, lock) = restore(&run_folder, &identity, machine)?;
-        if reopen && desk.machine.is_stopping() {
-            let seq = desk.seq + 1;
-            ledger.append(&Record::Event { seq, at_ms: unix_ms(), event: Event::Resumed, payload: Value::Null })?;
+        let (mut restored, lock) = restore(&run_folder, &identity, machine)?;
+        if reopen && restored.desk.machine.is_stopping() {
+            let seq = restored.desk.seq + 1;
+            let resumed = Record::Event { seq, at_ms: unix_ms(), event: Event::Resumed, payload: Value::Null };
+            restored.ledger.append(&resumed)?;
             // The controller has nothing against it.
-            drop(desk.apply(seq, Event::Resumed, Value::Null));
+            drop(restored.desk.apply(seq, Event::Resumed, Value::Null));
         }
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -145,17 +147,8 @@ impl Endpoint {
         let (asks, questions) = mpsc::channel();
         let (reports, reported) = mpsc::channel();
         let fate = Arc::new(Fate::default());
-        let mut supervisor = Supervisor::new(
-            desk,
-            ledger,
-            identity,
-            info,
-            needs,
-            deadlines.clone(),
-            reports,
-            unrecorded,
-            Arc::clone(&fate),
-        );
+        let mut supervisor =
+            Supervisor::new(restored, identity, info, needs, deadlines.clone(), reports, Arc::clone(&fate));
         adjust(&mut supervisor);
         let spawn = |what: &'static str, work: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new()
@@ -272,12 +265,8 @@ impl Drop for Endpoint {
     }
 }
 
-/// The state that the ledger holds, and the reports that nobody has recorded.
-fn restore<M: Machine>(
-    run_folder: &std::path::Path,
-    identity: &Identity,
-    machine: M,
-) -> Result<(Desk<M>, Ledger, VecDeque<Report>, File)> {
+/// What the ledger holds, and the lock on it.
+fn restore<M: Machine>(run_folder: &std::path::Path, identity: &Identity, machine: M) -> Result<(Restored<M>, File)> {
     std::fs::create_dir_all(run_folder).map_err(|source| ControlError::Io {
         doing: "make",
         path: run_folder.into(),
@@ -286,7 +275,9 @@ fn restore<M: Machine>(
     let lock = lock(run_folder)?;
     let mut desk = Desk::new(machine);
     let mut unrecorded = VecDeque::new();
-    let ledger = Ledger::open(&run_folder.join(LEDGER), identity, |record| {
+    // The machine may have a past of its own, from a checkpoint that will be gone one day.
+    let begin = desk.snapshot().map(|state| Record::Snapshot { seq: 0, state });
+    let ledger = Ledger::open(&run_folder.join(LEDGER), identity, begin, |record| {
         match record {
             Record::Header { .. } => {}
             Record::Event { seq, event, payload, .. } => {
@@ -308,7 +299,7 @@ fn restore<M: Machine>(
     if desk.seq > 0 {
         tracing::info!("{} events restored from {}", desk.seq, ledger.path().display());
     }
-    Ok((desk, ledger, unrecorded, lock))
+    Ok((Restored { desk, ledger, unrecorded }, lock))
 }
 
 /// Two controllers on one ledger would each overwrite what the other has promised. The system lets go of the lock when
@@ -322,6 +313,20 @@ fn lock(run_folder: &std::path::Path) -> Result<File> {
         Err(TryLockError::WouldBlock) => Err(ControlError::Taken { path: run_folder.into() }),
         Err(TryLockError::Error(source)) => Err(io("lock")(source)),
     }
+}
+
+/// Ends the ledger in a run folder, since the run goes on without processes. Whether there was one.
+///
+/// # Errors
+/// [`ControlError::Taken`] where a controller is at work; a file that cannot be removed.
+pub fn retire(run_folder: &std::path::Path) -> Result<bool> {
+    let path = run_folder.join(LEDGER);
+    if !path.exists() {
+        return Ok(false);
+    }
+    let _lock = lock(run_folder)?;
+    std::fs::remove_file(&path).map_err(|source| ControlError::Io { doing: "remove", path, source })?;
+    Ok(true)
 }
 
 fn serve(runtime: tokio::runtime::Runtime, bounded: Bounded, door: Door, stopped: oneshot::Receiver<()>) {

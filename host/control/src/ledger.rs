@@ -18,14 +18,15 @@ use crate::supervisor::Report;
 
 /// Bytes of one record, a snapshot being the largest.
 const RECORD_BYTES_MAX: u64 = 256 << 20;
-const FORMAT: u32 = 1;
+/// 1 held a hash of the config only.
+const FORMAT: u32 = 2;
 
 /// One record.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "record", rename_all = "snake_case")]
 pub(crate) enum Record {
     /// The first: whose ledger it is.
-    Header { format: u32, identity: Identity },
+    Header { format: u32, identity: Value },
     /// Something happened. Sequence numbers have no gaps.
     Event {
         seq: u64,
@@ -75,10 +76,12 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// Opens or makes the ledger at `path` and hands every record after the header to `visit`, which may refuse one.
+    /// Opens the ledger at `path` and hands every record after the header to `visit`, which may refuse one. Where there is
+    /// none, one is made that begins with `begin`.
     pub fn open(
         path: &Path,
         identity: &Identity,
+        begin: Option<Record>,
         mut visit: impl FnMut(Record) -> std::result::Result<(), String>,
     ) -> Result<Self> {
         let io = |doing| move |source| ControlError::Io { doing, path: path.to_path_buf(), source };
@@ -111,9 +114,10 @@ impl Ledger {
             };
             match record {
                 Record::Header { format, identity: theirs } if first => {
-                    let differs = match identity.difference(&theirs) {
+                    let differs = match serde_json::from_value(theirs) {
                         _ if format != FORMAT => Some(format!("format {format}, and not {FORMAT}")),
-                        differs => differs,
+                        Ok(theirs) => identity.difference(&theirs),
+                        Err(error) => return Err(damaged(format!("its header is not readable: {error}"))),
                     };
                     if let Some(differs) = differs {
                         return Err(ControlError::OtherRun { path: path.into(), differs });
@@ -128,7 +132,7 @@ impl Ledger {
         }
         let ledger =
             Self { path: path.into(), disk: Box::new(file), identity: identity.clone(), bytes: at, uncut: false };
-        if first { ledger.replaced(&[]) } else { Ok(ledger) }
+        if first { ledger.replaced(begin.as_slice()) } else { Ok(ledger) }
     }
 
     /// Appends a record and waits until it is on disk. On an error the file is as before.
@@ -149,7 +153,8 @@ impl Ledger {
 
     /// Replaces the file by a header and `records`, by rename.
     pub fn replaced(self, records: &[Record]) -> Result<Self> {
-        let mut text = line(&Record::Header { format: FORMAT, identity: self.identity.clone() });
+        let identity = serde_json::to_value(&self.identity).unwrap_or_default();
+        let mut text = line(&Record::Header { format: FORMAT, identity });
         records.iter().for_each(|record| text.extend(line(record)));
         let new = self.path.with_extension("new");
         let write = || {

@@ -17,6 +17,7 @@ mod identity;
 mod ledger;
 mod listener;
 mod machine;
+mod need;
 mod supervisor;
 #[cfg(test)]
 mod tests;
@@ -24,10 +25,11 @@ mod token;
 mod wire;
 
 pub use client::{Beating, Client, ClientOptions, Target, Turn, fetch_status};
-pub use endpoint::{Deadlines, Endpoint, EndpointOptions};
+pub use endpoint::{Deadlines, Endpoint, EndpointOptions, retire};
 pub use error::{ControlError, Result};
 pub use file::ControlFile;
 pub use identity::Identity;
 pub use machine::{Ending, Machine};
+pub use need::Need;
 pub use supervisor::{End, Report};
 pub use token::{TOKEN_VARIABLE, Token};

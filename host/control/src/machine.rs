@@ -26,6 +26,9 @@ pub trait Machine: Send + 'static {
     /// What the replica is to do at the moment, as the controller sees it.
     fn order_of(&self, replica: &str) -> Option<(OrderId, Order)>;
 
+    /// Whether the result of what the replica is doing still counts.
+    fn is_wanted(&self, replica: &str) -> bool;
+
     /// Its state, for a shorter ledger; none if it cannot be written down.
     fn snapshot(&self) -> Option<Value>;
 
@@ -53,6 +56,10 @@ impl Machine for Controller {
 
     fn order_of(&self, replica: &str) -> Option<(OrderId, Order)> {
         Controller::order_of(self, replica).map(|(id, order)| (id, order.clone()))
+    }
+
+    fn is_wanted(&self, replica: &str) -> bool {
+        Controller::is_wanted(self, replica)
     }
 
     fn snapshot(&self) -> Option<Value> {

@@ -17,6 +17,7 @@ use crate::endpoint::Deadlines;
 use crate::identity::Identity;
 use crate::ledger::{Ledger, Record};
 use crate::machine::{Ending, Machine};
+use crate::need::Need;
 use crate::wire::{self, Refusal};
 
 const TICK: Duration = Duration::from_millis(50);
@@ -34,7 +35,7 @@ pub enum End {
     Failed(String),
 }
 
-/// An order that was carried out, for the run's records. Every order is reported once; after a controller was killed, the
+/// An order that was carried out, for the run's records. Every order is reported once, unless its result no longer counts; after a controller was killed, the
 /// last ones that it had not [recorded](crate::Endpoint::recorded) come again with the same `seq`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -125,19 +126,28 @@ impl Contact {
     }
 }
 
+/// What the ledger gives back.
+pub(crate) struct Restored<M> {
+    pub desk: Desk<M>,
+    pub ledger: Ledger,
+    /// Reports that the owner has not recorded.
+    pub unrecorded: VecDeque<Report>,
+}
+
 pub(crate) struct Supervisor<M> {
     pub desk: Desk<M>,
     pub ledger: Option<Ledger>,
     pub identity: Identity,
     pub info: Value,
-    pub needs: Vec<Role>,
+    pub needs: Vec<Need>,
     pub deadlines: Deadlines,
     pub reports: mpsc::Sender<Report>,
     /// Reports that the owner has not recorded.
     pub unrecorded: VecDeque<Report>,
     pub fate: Arc<Fate>,
     contacts: BTreeMap<String, Contact>,
-    absent_since: BTreeMap<Role, Instant>,
+    /// By the need's position.
+    absent_since: BTreeMap<usize, Instant>,
     missing_since: Option<Instant>,
     failures: BTreeMap<Role, u32>,
     ending_since: Option<Instant>,
@@ -148,16 +158,15 @@ pub(crate) struct Supervisor<M> {
 
 impl<M: Machine> Supervisor<M> {
     pub fn new(
-        desk: Desk<M>,
-        ledger: Ledger,
+        restored: Restored<M>,
         identity: Identity,
         info: Value,
-        needs: Vec<Role>,
+        needs: Vec<Need>,
         deadlines: Deadlines,
         reports: mpsc::Sender<Report>,
-        unrecorded: VecDeque<Report>,
         fate: Arc<Fate>,
     ) -> Self {
+        let Restored { desk, ledger, unrecorded } = restored;
         // A restarted controller gives everybody the full time to be heard from.
         let contacts = desk.seats.iter().map(|(name, seat)| {
             let lost_since = seat.lost.then(Instant::now);
@@ -233,7 +242,7 @@ impl<M: Machine> Supervisor<M> {
         let ledger = self.ledger.as_mut().ok_or_else(|| Refusal::new(507, "ledger", "the ledger is lost"))?;
         let record = Record::Event { seq, at_ms: unix_ms(), event, payload };
         ledger.append(&record).map_err(|e| {
-            tracing::error!("{e}");
+            tracing::error!("{e}; {}", e.hint().unwrap_or_default());
             Refusal::new(507, "ledger", e.to_string())
         })?;
         #[cfg(test)]
@@ -260,8 +269,8 @@ impl<M: Machine> Supervisor<M> {
         }
         let incarnation = match self.desk.seats.get(&join.replica) {
             Some(seat) if seat.role != join.role => {
-                let other = format!("the name `{}` is that of another role ({:?})", join.replica, seat.role);
-                return Err(Refusal::new(409, "name", other.to_lowercase()));
+                let other = format!("the name `{}` is that of another role ({})", join.replica, seat.role);
+                return Err(Refusal::new(409, "name", other));
             }
             Some(seat) if !seat.lost && self.contacts.get(&join.replica).and_then(|c| c.nonce) == Some(join.nonce) => {
                 seat.incarnation
@@ -290,7 +299,7 @@ impl<M: Machine> Supervisor<M> {
         if let Some((reply, _)) = old.and_then(|c| c.waiting) {
             let _ = reply.send(Err(replaced(&join.replica)));
         }
-        tracing::info!("`{}` joined as {}", join.replica, word(join.role));
+        tracing::info!("`{}` joined as {}", join.replica, join.role);
         Ok(self.desk.seq)
     }
 
@@ -419,7 +428,6 @@ impl<M: Machine> Supervisor<M> {
                 let count = self.failures.entry(role).or_default();
                 *count += 1;
                 if *count >= FAILURES_MAX {
-                    let role = word(role);
                     self.fail(format!(
                         "{FAILURES_MAX} orders in a row failed at the role `{role}`, the last with: {reason}"
                     ));
@@ -430,9 +438,10 @@ impl<M: Machine> Supervisor<M> {
     }
 
     fn leave(&mut self, wire::Leave { who, asked }: wire::Leave) -> Answer {
-        if asked && self.is_last_of_its_role(&who) {
+        if asked && let Some(need) = self.only_it_meets(&who) {
+            let last = need.called.clone();
             if !self.desk.machine.is_stopping() {
-                tracing::warn!("`{}` was asked to leave and is the last of its role: the run is saved", who.replica);
+                tracing::warn!("`{}` was asked to leave and is the last {last}: the run is saved", who.replica);
                 self.commit(Event::StopRequested, Value::Null)?;
             }
             self.seen(&who.replica);
@@ -447,14 +456,18 @@ impl<M: Machine> Supervisor<M> {
         as_json(&wire::LeaveAnswer::default())
     }
 
-    /// Whether a run that is going on cannot do without it: without it the policy's state would be lost, or others would
-    /// wait in vain for what it was to bring.
-    fn is_last_of_its_role(&self, who: &wire::Who) -> bool {
-        let Some(seat) = self.desk.seats.get(&who.replica) else { return false };
-        let others = self.desk.seats.iter().filter(|(name, other)| **name != who.replica && !other.lost);
-        let alone = others.into_iter().all(|(_, other)| other.role != seat.role);
-        let there = seat.incarnation == who.incarnation && !seat.lost;
-        there && alone && self.needs.contains(&seat.role) && self.desk.machine.ending().is_none()
+    /// What a run that is going on would lack without it: the policy's state would be lost, or others would wait in vain for
+    /// what it was to bring.
+    fn only_it_meets(&self, who: &wire::Who) -> Option<&Need> {
+        let seat = self.desk.seats.get(&who.replica)?;
+        if seat.incarnation != who.incarnation || seat.lost || self.desk.machine.ending().is_some() {
+            return None;
+        }
+        let alone = |need: &&Need| {
+            let mut others = self.desk.seats.iter().filter(|(name, other)| **name != who.replica && !other.lost);
+            !others.any(|(name, other)| need.is_met_by(other.role, name))
+        };
+        self.needs.iter().filter(|need| need.is_met_by(seat.role, &who.replica)).find(alone)
     }
 
     fn recorded(&mut self, seq: u64) {
@@ -562,16 +575,16 @@ impl<M: Machine> Supervisor<M> {
     }
 
     fn look_for_absence(&mut self) {
-        for role in self.needs.clone() {
-            if self.desk.seats.values().any(|seat| seat.role == role && !seat.lost) {
-                self.absent_since.remove(&role);
+        for (index, need) in self.needs.iter().enumerate() {
+            if self.desk.seats.iter().any(|(name, seat)| !seat.lost && need.is_met_by(seat.role, name)) {
+                self.absent_since.remove(&index);
                 continue;
             }
-            let since = *self.absent_since.entry(role).or_insert_with(Instant::now);
+            let since = *self.absent_since.entry(index).or_insert_with(Instant::now);
             let waited_ms = since.elapsed().as_millis() as u64;
             if waited_ms >= self.deadlines.absent_ms_max {
-                let role = word(role);
-                return self.fail(format!("no {role} has been there for {waited_ms} ms (`host.absent_ms_max`)"));
+                let reason = format!("no {} has been there for {waited_ms} ms (`host.absent_ms_max`)", need.called);
+                return self.fail(reason);
             }
         }
         self.look_for_missing_policies();
@@ -613,7 +626,7 @@ impl<M: Machine> Supervisor<M> {
                 let (kind, details) = order.as_ref().map(|(_, order)| describe(order)).unwrap_or_default();
                 json!({
                     "name": name,
-                    "role": word(seat.role),
+                    "role": seat.role.name(),
                     "state": if seat.lost { "lost" } else if order.is_some() { "busy" } else { "free" },
                     "order": order.as_ref().map(|(id, _)| id.0),
                     "doing": kind,
@@ -651,15 +664,6 @@ fn as_json(value: &impl Serialize) -> Answer {
 
 fn replaced(replica: &str) -> Refusal {
     Refusal::new(409, "replaced", format!("another process has joined as `{replica}` since"))
-}
-
-/// A role's name as users write it.
-pub(crate) fn word(role: Role) -> &'static str {
-    match role {
-        Role::Policy => "policy",
-        Role::Rollout => "rollout",
-        Role::Teacher => "teacher",
-    }
 }
 
 /// An order in a word and a few.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use crate::lineage::Lineage;
+use crate::lineage::{Kept, Lineage};
 use crate::refused::{ADDRESS_BYTES_MAX, NAME_BYTES_MAX, REPLICAS_MAX, Refused};
 use crate::roster::{Held, Job, Roster, StateId};
 use crate::{Event, Order, OrderId, Outcome, Plan, Role, SampleRef};
@@ -26,6 +26,36 @@ pub struct Memory {
     pub(crate) lineage: Lineage,
     pub(crate) orders: u64,
     pub(crate) attempts: u64,
+}
+
+impl Memory {
+    /// Steps made.
+    pub fn step(&self) -> u64 {
+        self.lineage.step
+    }
+
+    /// Samples trained on.
+    pub fn trained(&self) -> u64 {
+        self.lineage.trained
+    }
+
+    /// The last order that was given out.
+    pub fn last_order(&self) -> OrderId {
+        OrderId(self.orders)
+    }
+
+    /// Completions in flight, in order.
+    pub fn buffered(&self) -> impl Iterator<Item = &SampleRef> {
+        self.lineage.buffer.values()
+    }
+
+    /// The same for whoever has only the `kept` ones of the completions in flight: the others are to be written again.
+    pub fn keeping(mut self, kept: impl Fn(&SampleRef) -> bool, plan: &Plan) -> Self {
+        let lost: Vec<u64> = self.buffered().filter(|sample| !kept(sample)).map(|sample| sample.sample).collect();
+        self.lineage.buffer.retain(|_, sample| kept(sample));
+        self.lineage.write_again(lost.into_iter(), plan);
+        self
+    }
 }
 
 /// How far a member is with a step.
@@ -67,8 +97,8 @@ pub(crate) struct Validation {
 pub struct Controller {
     pub(crate) plan: Plan,
     pub(crate) lineage: Lineage,
-    /// The lineage as of the last checkpoint, or of the start.
-    pub(crate) saved: Box<Lineage>,
+    /// The lineages as of the start and of the checkpoints that may still be read.
+    pub(crate) kept: Kept,
     /// The lineage before the last step, for as long as a policy may still hold the state of then.
     pub(crate) before: Option<Box<Lineage>>,
     pub(crate) roster: Roster,
@@ -78,8 +108,8 @@ pub struct Controller {
     pub(crate) published: Option<u64>,
     /// The weights of the current step are to be published before anything is generated.
     pub(crate) owed: bool,
-    /// The state that a hand-over was written for.
-    pub(crate) handed: Option<StateId>,
+    /// The state that a hand-over was written for, and the order that it was written for.
+    pub(crate) handed: Option<(StateId, OrderId)>,
     /// A state whose checkpoint could not be read.
     pub(crate) unreadable: Option<StateId>,
     /// The state that this controller began with.
@@ -109,7 +139,7 @@ impl Controller {
         let lineage = Lineage::new();
         Self {
             plan,
-            saved: Box::new(lineage.clone()),
+            kept: Kept::new(lineage.clone()),
             before: None,
             origin: lineage.state,
             lineage,
@@ -145,13 +175,8 @@ impl Controller {
         // may still lie in the broker.
         let orders = orders.saturating_add(ORDERS_SKIPPED_ON_RESUME);
         let attempts = attempts.saturating_add(ORDERS_SKIPPED_ON_RESUME);
-        let saved = Box::new(lineage.clone());
-        Self { saved, origin: lineage.state, lineage, orders, attempts, ..Self::new(plan) }
-    }
-
-    /// [`Self::resume`] from what [`Self::memory`] would give.
-    pub fn with_plan(self, plan: Plan) -> Self {
-        Self::resume(plan, self.memory())
+        let kept = Kept::new(lineage.clone());
+        Self { kept, origin: lineage.state, lineage, orders, attempts, ..Self::new(plan) }
     }
 
     /// What a checkpoint of the run that is written now has to remember.
@@ -333,6 +358,10 @@ impl Controller {
                 }
                 return Ok(());
             }
+            Outcome::StateGone => {
+                self.state_gone(name, &job);
+                return Ok(());
+            }
             Outcome::SamplesGone { samples } => {
                 self.settle_held(name, false);
                 self.abandon(name, &job, Progress::Not);
@@ -345,14 +374,14 @@ impl Controller {
             (Order::Generate { prompts, version, .. }, Outcome::Generated { samples }) if !job.void => {
                 self.generated(id, prompts, *version, &samples);
             }
-            (Order::Train { .. }, _) => {
+            (Order::Train { .. }, outcome) => {
                 self.settle_held(name, true);
                 self.set_progress(name, Progress::Trained);
-                if let Some(attempt) = &mut self.attempt {
+                if let Some(attempt) = self.attempt.as_mut().filter(|_| outcome == Outcome::Trained) {
                     attempt.published |= attempt.members.first().is_some_and(|(first, _)| first == name);
                 }
             }
-            (Order::Load { step, publish }, _) => {
+            (Order::Load { step, publish, .. }, _) => {
                 self.settle_held(name, true);
                 // Always of the current state: who publishes it, or saves it, holds it, and the run leaves no state that
                 // somebody who is there holds, but by a step, for which all have to be free.
@@ -360,10 +389,10 @@ impl Controller {
                     (self.published, self.owed) = (Some(*step), false);
                 }
             }
-            (Order::Save { hand_over: true, .. }, _) => self.handed = Some(job.state),
+            (Order::Save { hand_over: true, .. }, _) => self.handed = Some((job.state, id)),
             (Order::Save { hand_over: false, .. }, _) if job.state == self.lineage.state => {
                 self.lineage.saved_at = Some(self.lineage.step);
-                *self.saved = self.lineage.clone();
+                self.kept.add(id, self.lineage.clone());
                 self.changes_saved = job.changes;
                 self.unreadable = None;
             }
@@ -397,11 +426,13 @@ impl Controller {
             (Order::Train { share, .. }, Outcome::SamplesGone { samples: reported }) => {
                 samples(reported, &share.iter().map(|s| s.sample).collect::<Vec<_>>())
             }
-            (Order::Train { .. }, Outcome::Trained)
+            (Order::Train { .. }, Outcome::Trained | Outcome::Unpublished)
             | (Order::Load { .. }, Outcome::Loaded)
             | (Order::Save { .. }, Outcome::Saved)
             | (Order::Validate { .. }, Outcome::Validated)
             | (Order::Generate { .. } | Order::Validate { .. }, Outcome::WeightsGone) => Ok(()),
+            // The start needs no checkpoint, and who publishes reads none.
+            (Order::Load { step: 1.., publish: false, .. }, Outcome::StateGone) => Ok(()),
             _ => Err(Refused::OtherOutcome { replica: name.to_string(), order: job.id }),
         }
     }
@@ -413,17 +444,33 @@ impl Controller {
         let Some(job) = self.roster.take_job(name) else { return Ok(()) };
         self.roster.note_failure(name, reason);
         match job.order {
-            Order::Load { .. } if self.is_reading(name) => {
-                // Which of the two states it holds now nobody knows.
-                self.roster.set_held(name, None, None);
-                self.handed = self.handed.filter(|handed| *handed != job.state);
-                self.unreadable = Some(job.state);
-            }
+            Order::Load { .. } if self.is_reading(name) => self.cannot_read(name, job.state),
             Order::Save { hand_over: false, .. } if self.stop => self.saves_failed += 1,
             _ => self.settle_held(name, false),
         }
         self.abandon(name, &job, Progress::Not);
         Ok(())
+    }
+
+    /// A policy could not read a state; which of the two states it holds now nobody knows.
+    fn cannot_read(&mut self, name: &str, state: StateId) {
+        self.roster.set_held(name, None, None);
+        self.handed = self.handed.filter(|(handed, _)| *handed != state);
+        self.unreadable = Some(state);
+    }
+
+    /// Nothing whole is left of a state on disk. Whoever still holds it may save it once more; if nobody does, the run goes
+    /// back to an older one.
+    fn state_gone(&mut self, name: &str, job: &Job) {
+        self.cannot_read(name, job.state);
+        if !self.kept.forget(job.state) {
+            return;
+        }
+        let before = self.before.as_deref_mut();
+        for lineage in std::iter::once(&mut self.lineage).chain(before).filter(|lineage| lineage.state == job.state) {
+            lineage.saved_at = None;
+        }
+        self.changes += 1;
     }
 
     /// Whether its order brings a policy another state than it holds.
@@ -491,6 +538,11 @@ impl Controller {
     /// The order that a replica is working on.
     pub fn order_of(&self, replica: &str) -> Option<(OrderId, &Order)> {
         self.roster.get(replica)?.job.as_ref().map(|job| (job.id, &job.order))
+    }
+
+    /// Whether the result of the order that a replica is working on still counts: not where the run has gone back meanwhile.
+    pub fn is_wanted(&self, replica: &str) -> bool {
+        self.roster.get(replica).and_then(|r| r.job.as_ref()).is_some_and(|job| !job.void)
     }
 
     /// Whether this replica is known and not lost. One that is not has to join before it gets orders.

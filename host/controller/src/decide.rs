@@ -155,8 +155,8 @@ impl Controller {
     /// Whether the current state can be read from a checkpoint or a hand-over.
     fn is_readable(&self) -> bool {
         let state = self.lineage.state;
-        let checkpoint = self.saved.state == state;
-        self.handed == Some(state)
+        let checkpoint = self.kept.written_for(state).is_some();
+        self.handed.is_some_and(|(handed, _)| handed == state)
             || (checkpoint && (self.unreadable != Some(state) || self.holders().next().is_none()))
     }
 
@@ -175,7 +175,7 @@ impl Controller {
             self.roster.policies_live().any(|(_, r)| r.held == Some(state))
         };
         let nearest = self.before.take().filter(|before| is_held(before));
-        self.lineage = nearest.as_ref().unwrap_or(&self.saved).taken_up_again(&self.plan);
+        self.lineage = nearest.as_deref().unwrap_or(self.kept.newest()).taken_up_again(&self.plan);
         self.roster.void_rollouts();
         self.validation = None;
         (self.published, self.owed) = (None, true);
@@ -219,7 +219,9 @@ impl Controller {
         let current = self.current();
         let held = self.roster.get(name).and_then(|replica| replica.held);
         self.roster.set_held(name, held, Some(current));
-        self.give(name, Order::Load { step: current.step, publish }, out);
+        let handed = self.handed.filter(|(state, _)| *state == current.state).map(|(_, order)| order);
+        let since = self.kept.written_for(current.state).into_iter().chain(handed).min().unwrap_or(OrderId(0));
+        self.give(name, Order::Load { step: current.step, since, publish }, out);
     }
 
     fn give_save(&mut self, name: &str, hand_over: bool, last: bool, out: &mut Vec<Dispatch>) {

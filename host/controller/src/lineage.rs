@@ -1,6 +1,6 @@
 //! What a rollback takes back: the steps made, the samples and the position in the dataset.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
@@ -233,5 +233,52 @@ impl Lineage {
             return false;
         }
         (plan.save_freq > 0 && self.step.is_multiple_of(plan.save_freq)) || (done && plan.save_last)
+    }
+}
+
+/// Checkpoints that are remembered beside the start. Older ones are given up: whoever has lost as many in a row has lost the
+/// disk.
+const CHECKPOINTS_MAX: usize = 32;
+
+/// The lineages that the run can go back to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Kept {
+    /// As the run (or what was resumed) started; whoever cannot read that has to fail.
+    start: Lineage,
+    /// As of each checkpoint, oldest first, with the order that it was written for.
+    checkpoints: VecDeque<(OrderId, Lineage)>,
+}
+
+impl Kept {
+    pub fn new(start: Lineage) -> Self {
+        Self { start, checkpoints: VecDeque::new() }
+    }
+
+    /// As of the newest checkpoint.
+    pub fn newest(&self) -> &Lineage {
+        self.checkpoints.back().map_or(&self.start, |(_, lineage)| lineage)
+    }
+
+    /// The order that the checkpoint of this state was written for; none if there is no such checkpoint. The start was
+    /// written for none.
+    pub fn written_for(&self, state: StateId) -> Option<OrderId> {
+        let checkpoint = self.checkpoints.iter().find(|(_, lineage)| lineage.state == state).map(|(order, _)| *order);
+        checkpoint.or((self.start.state == state).then_some(OrderId(0)))
+    }
+
+    /// A checkpoint was written. Those of its step and of later ones are of a branch that was given up.
+    pub fn add(&mut self, order: OrderId, lineage: Lineage) {
+        self.checkpoints.retain(|(_, older)| older.step < lineage.step);
+        if self.checkpoints.len() == CHECKPOINTS_MAX {
+            self.checkpoints.pop_front();
+        }
+        self.checkpoints.push_back((order, lineage));
+    }
+
+    /// The checkpoint of this state cannot be read. Whether there was one.
+    pub fn forget(&mut self, state: StateId) -> bool {
+        let before = self.checkpoints.len();
+        self.checkpoints.retain(|(_, lineage)| lineage.state != state);
+        self.checkpoints.len() < before
     }
 }

@@ -1,5 +1,7 @@
 //! What the controller is told and what it says.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// What a process does.
@@ -12,6 +14,23 @@ pub enum Role {
     Rollout,
     /// Scores completions token by token. The broker feeds it; the controller only knows that it is there, and ends it.
     Teacher,
+}
+
+impl Role {
+    /// As in commands, names of replicas and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Policy => "policy",
+            Self::Rollout => "rollout",
+            Self::Teacher => "teacher",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// An order's number; never used twice in a run, a controller that was restarted included.
@@ -101,6 +120,8 @@ pub enum Outcome {
     },
     /// The step was made, or skipped for a bad gradient; either way its samples are used up.
     Trained,
+    /// As [`Self::Trained`], but the first member could not publish the weights (a full disk): somebody is asked to.
+    Unpublished,
     /// Some samples of the step were no longer in the broker; nothing was trained.
     SamplesGone {
         /// Which.
@@ -108,6 +129,9 @@ pub enum Outcome {
     },
     /// The state asked for is in memory.
     Loaded,
+    /// Neither a checkpoint nor a hand-over of the state asked for is there and whole. If nobody holds it, the run goes back
+    /// to the newest checkpoint before it.
+    StateGone,
     /// The checkpoint is on disk.
     Saved,
     /// The share of the validation is done.
@@ -150,11 +174,14 @@ pub enum Order {
     },
     /// Policy: take the state of step `step` from its checkpoint or the hand-over that another replica has written, even if
     /// the replica holds a state of this step (it may be of a branch that was given up); 0 is the start of the run. Where
-    /// several writers left a state of this step, the one of the highest order counts. With `publish` it goes to a replica
+    /// several writers left a state of this step, the one of the highest order counts, and none of an order before `since`,
+    /// which is of such a branch. With `publish` it goes to a replica
     /// that was told or has said that it holds this very state: nothing is read, its weights are published.
     Load {
         /// Steps made.
         step: u64,
+        /// The order for which this state was first written.
+        since: OrderId,
         /// Whether these weights go to the rollouts.
         publish: bool,
     },

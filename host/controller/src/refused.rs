@@ -111,13 +111,3 @@ impl fmt::Display for Refused {
 }
 
 impl std::error::Error for Refused {}
-
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Policy => "policy",
-            Self::Rollout => "rollout",
-            Self::Teacher => "teacher",
-        })
-    }
-}

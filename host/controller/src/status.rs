@@ -86,7 +86,7 @@ impl Controller {
             buffered: self.lineage.buffer.len() as u64,
             in_flight: self.lineage.awaited(&self.plan),
             training: self.attempt.as_ref().map_or(0, |attempt| attempt.samples.len() as u64),
-            saved_step: self.saved.step,
+            saved_step: self.kept.newest().step,
             published: self.published,
             rollbacks: self.rollbacks,
             waits_for: self.waits_for(),
@@ -121,7 +121,7 @@ fn in_words(order: &Order) -> String {
             format!("generates {} prompts from {} with weights {version}", prompts.len(), prompts.first().unwrap_or(&0))
         }
         Order::Train { step, attempt, .. } => format!("trains step {step}, attempt {attempt}"),
-        Order::Load { step, publish: true } => format!("loads and publishes step {step}"),
+        Order::Load { step, publish: true, .. } => format!("loads and publishes step {step}"),
         Order::Load { step, .. } => format!("loads step {step}"),
         Order::Save { step, hand_over: true, .. } => format!("hands over step {step}"),
         Order::Save { step, .. } => format!("saves step {step}"),

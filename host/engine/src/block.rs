@@ -7,8 +7,10 @@
 //! Parameters come as one flat f32 slice per block in the order of [`ModelConfig::block_params`], and gradients leave
 //! in the same order.
 
-use crate::Result;
-use crate::model::ModelConfig;
+use std::ops::Range;
+
+use crate::model::{ModelConfig, WeightFormat};
+use crate::{EngineError, Result};
 
 /// One token of an incremental step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +69,10 @@ pub trait BlockEngine: Send + Sync + 'static {
     fn embedding(&self, values: &[f32]) -> Self::Table {
         self.table(values)
     }
+    /// Uploads new values of the embedding.
+    fn refresh_embedding(&self, table: &mut Self::Table, values: &[f32]) {
+        *table = self.embedding(values);
+    }
     /// Uploads the embedding for [`BlockEngine::embed`] only.
     fn lookup(&self, values: &[f32]) -> Self::Table {
         self.table(values)
@@ -89,6 +95,56 @@ pub trait BlockEngine: Send + Sync + 'static {
     fn refresh_block(&self, block: &mut Self::Block, flat: &[f32]) {
         *block = self.block(flat);
     }
+    /// The same kernels with matrices in another format.
+    ///
+    /// # Errors
+    /// A format that the engine does not have.
+    fn in_format(&self, format: WeightFormat) -> Result<Self>
+    where
+        Self: Sized,
+    {
+        Err(EngineError::invalid(
+            format!("this engine has no weights in {format}"),
+            "use `host.device = \"cpu\"`, or leave the weights in f32",
+        ))
+    }
+    /// Whether [`BlockEngine::Block`] and the head hold their values themselves, so that a model that is not trained keeps no
+    /// master values of them; it then reads and writes them by the methods below.
+    fn holds_blocks(&self) -> bool {
+        false
+    }
+    /// Whether what [`BlockEngine::embedding`] gives holds its values itself.
+    fn holds_embedding(&self) -> bool {
+        false
+    }
+    /// The values at `range` of a block's flat slice, which are those of one parameter. Only where the block holds them.
+    fn read_block(&self, block: &Self::Block, range: Range<usize>) -> Vec<f32> {
+        let _ = (block, range);
+        Vec::new()
+    }
+    /// Replaces the values from `start` of a block's flat slice on, which are those of one parameter. Only where the block
+    /// holds them.
+    fn write_block(&self, block: &mut Self::Block, start: usize, values: &[f32]) {
+        let _ = (block, start, values);
+    }
+    /// A table's values. Only where it holds them.
+    fn read_table(&self, table: &Self::Table) -> Vec<f32> {
+        let _ = table;
+        Vec::new()
+    }
+    /// Whether training reads the master values themselves: then [`BlockEngine::block_forward_keep`] is given them, and tables
+    /// and blocks are uploaded for decoding and scoring only.
+    fn trains_on_masters(&self) -> bool {
+        false
+    }
+    /// A table that is not uploaded, where [`BlockEngine::trains_on_masters`].
+    fn no_table(&self, values: &[f32]) -> Self::Table {
+        self.embedding(values)
+    }
+    /// A block that is not uploaded, where [`BlockEngine::trains_on_masters`].
+    fn no_block(&self, flat: &[f32]) -> Self::Block {
+        self.block(flat)
+    }
     /// Uploads the last norm.
     fn norm(&self, values: &[f32]) -> Self::Norm;
     /// Prepares tiles of length `t`.
@@ -110,10 +166,12 @@ pub trait BlockEngine: Send + Sync + 'static {
     /// Bytes a token that keeping the whole of one block's forward takes; 0 if the engine has no use for it.
     fn saved_bytes(&self) -> usize;
     /// As [`BlockEngine::block_forward`], and what backward needs: with `whole` everything that spares it from running the
-    /// block again, else the input. The gradients are the same bits either way.
+    /// block again, else the input. The gradients are the same bits either way, and with the master values `params` or
+    /// without.
     fn block_forward_keep(
         &self,
         block: &Self::Block,
+        params: Option<&[f32]>,
         geometry: &Self::Geometry,
         b: usize,
         x: Self::Tensor,
@@ -151,6 +209,17 @@ pub trait BlockEngine: Send + Sync + 'static {
 
     /// The head over `[rows, hidden]`: logits `[rows, vocab]` into `out`, whose length becomes theirs.
     fn head(&self, table: &Self::Table, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()>;
+    /// As [`BlockEngine::head`], from the master values where [`BlockEngine::trains_on_masters`].
+    fn head_of_masters(
+        &self,
+        table: &Self::Table,
+        values: &[f32],
+        hidden_rh: &[f32],
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        let _ = values;
+        self.head(table, hidden_rh, out)
+    }
     /// Its vector-Jacobian product: the gradient at the hidden states; that at the matrix (whose master values are
     /// `values`) is added to `grads`.
     fn head_vjp(
@@ -174,6 +243,14 @@ pub trait BlockEngine: Send + Sync + 'static {
     }
     /// Called when all caches of a decoder are gone.
     fn kv_end(&self) {}
+    /// The head of an incremental step: as [`BlockEngine::head`], for as many rows as `logits_rv` has room for; those beyond
+    /// are padding.
+    fn decode_head(&self, table: &Self::Table, hidden_rh: &[f32], logits_rv: &mut [f32]) -> Result<()> {
+        let mut padded_rv = Vec::new();
+        self.head(table, hidden_rh, &mut padded_rv)?;
+        logits_rv.copy_from_slice(&padded_rv[..logits_rv.len()]);
+        Ok(())
+    }
     /// Rows that incremental steps should be padded to, so that a row's result does not depend on how many there are.
     fn decode_rows(&self, rows: usize) -> usize;
     /// One block over single tokens `x` (`[rows or more, hidden]`; rows beyond `rows` are padding): appends their keys

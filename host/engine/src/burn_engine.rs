@@ -264,6 +264,7 @@ impl BlockEngine for BurnEngine {
     fn block_forward_keep(
         &self,
         block: &BlockParams,
+        _params: Option<&[f32]>,
         geometry: &Geometry,
         b: usize,
         x: Tensor<2>,

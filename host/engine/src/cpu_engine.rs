@@ -1,35 +1,40 @@
 //! The native CPU engine: hand-written kernels ([`cosmos_kernels`]) on packed weights, forward and backward, and paged
-//! keys and values. `burn:flex` computes the same and is what its results are held against.
+//! keys and values. `burn:flex` computes the same and is what its results are held against. A model that is not trained may
+//! hold its weights in fewer bits ([`WeightFormat`]) and no f32 beside them.
 //!
 //! Tiles run side by side, one thread each, when there are enough of them; otherwise each kernel spreads over the threads.
 //! Neither changes a result.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use cosmos_kernels::gemm::{Left, Packed, Right, Shape, gemm};
+use cosmos_kernels::gemm::{Left, Right, Shape, gemm};
 use cosmos_kernels::page::{Page, attend};
 use cosmos_kernels::{Isa, rows, threads};
 use cosmos_parallel::RankGroups;
 use rayon::prelude::*;
 
 use crate::block::{BackwardTile, BlockEngine, DecodeRow};
-use crate::model::{Model, ModelConfig};
+use crate::model::{Model, ModelConfig, ParamSpec, WeightFormat};
 use crate::rope::Rope;
 use crate::sharded::cut::TpPart;
 use crate::walker::Transformer;
+use crate::weights::Checkpoint;
 use crate::{EngineError, Result, weights};
 
 mod arena;
 mod cache;
 mod inside;
 mod layout;
+mod matrix;
 mod network;
 use arena::Buffer;
 use cache::{Cache, Pool};
 use inside::Inside;
-use layout::{CpuBlock, Layout};
+use layout::{CpuBlock, Layout, Weights};
+use matrix::{Factor, Formats, Matrix};
 use network::{Run, Saved, Turns};
 
 /// Tokens of a tile: the products' matrices are large enough, and the activations stay near the core.
@@ -49,22 +54,46 @@ const ATTEND_SPREAD: usize = 1 << 18;
 
 /// A model on the CPU from a Hugging Face folder.
 pub fn load(folder: &Path) -> Result<Box<dyn Model>> {
-    let engine = CpuEngine::new(ModelConfig::from_folder(folder)?);
-    let values = weights::read(folder, &engine.config)?;
-    Ok(Box::new(Transformer::new(engine, values)?))
+    read(CpuEngine::new(ModelConfig::from_folder(folder)?), folder)
+}
+
+/// A model on the CPU that is not trained, with its weights held in `format`.
+pub fn load_frozen(folder: &Path, format: WeightFormat) -> Result<Box<dyn Model>> {
+    read(CpuEngine::new(ModelConfig::from_folder(folder)?).holding(format), folder)
+}
+
+/// Reads parameter by parameter, so that no more than a block is ever there twice.
+fn read(engine: CpuEngine, folder: &Path) -> Result<Box<dyn Model>> {
+    let checkpoint = Checkpoint::open(folder, &engine.config)?;
+    Ok(Box::new(Transformer::from_source(engine, &mut |index, spec| {
+        let mut values = vec![0.0; spec.len()];
+        checkpoint.read_part(index, 0, &mut values);
+        Ok(values)
+    })?))
 }
 
 /// A model on the CPU with fresh weights from `seed`.
 pub fn random(config: &ModelConfig, seed: u64) -> Result<Box<dyn Model>> {
+    with_random(CpuEngine::new(config.clone()), seed)
+}
+
+/// As [`load_frozen`], with the weights that [`random`] makes.
+pub fn random_frozen(config: &ModelConfig, format: WeightFormat, seed: u64) -> Result<Box<dyn Model>> {
+    with_random(CpuEngine::new(config.clone()).holding(format), seed)
+}
+
+fn with_random(engine: CpuEngine, seed: u64) -> Result<Box<dyn Model>> {
+    let config = engine.config.clone();
     config.check().map_err(|message| EngineError::invalid(message, ""))?;
-    let values = weights::random(config, seed);
-    Ok(Box::new(Transformer::new(CpuEngine::new(config.clone()), values)?))
+    let mut source = |index: usize, spec: &ParamSpec| Ok(weights::random_param(&config, index, spec, seed));
+    Ok(Box::new(Transformer::from_source(engine, &mut source)?))
 }
 
 /// The CPU.
 pub struct CpuEngine {
     config: ModelConfig,
     layout: Layout,
+    formats: Formats,
     isa: Isa,
     rope: Rope,
     turns: RwLock<Arc<Turns>>,
@@ -103,13 +132,19 @@ impl CpuEngine {
             turns: RwLock::new(Arc::new(Turns { cos: Vec::new(), sin: Vec::new() })),
             pool: Pool::new(layout.heads, kv_bytes_max),
             layout,
+            formats: Formats::default(),
             config,
             inside,
         }
     }
 
-    fn run<'a>(&'a self, block: &'a CpuBlock) -> Run<'a> {
-        Run { isa: self.isa, layout: &self.layout, block, inside: self.inside.as_ref() }
+    /// This engine with matrices in `format`.
+    fn holding(self, format: WeightFormat) -> Self {
+        Self { formats: Formats::of(format), ..self }
+    }
+
+    fn run<'a>(&'a self, weights: Weights<'a>) -> Run<'a> {
+        Run { isa: self.isa, layout: &self.layout, weights, inside: self.inside.as_ref() }
     }
 
     /// The row of the embedding that this rank has for an id.
@@ -119,6 +154,17 @@ impl CpuEngine {
             None => Some(id),
             Some(inside) => inside.vocab.contains(&id).then(|| id - inside.vocab.start),
         }
+    }
+
+    fn logits(&self, table: Factor<'_>, v: usize, hidden_rh: &[f32], out: &mut Vec<f32>) {
+        // Every number is overwritten, so the old ones may stay.
+        out.resize(hidden_rh.len() / self.config.hidden_size * v, 0.0);
+        self.logits_into(table, v, hidden_rh, out);
+    }
+
+    fn logits_into(&self, table: Factor<'_>, v: usize, hidden_rh: &[f32], out: &mut [f32]) {
+        let h = self.config.hidden_size;
+        table.product(self.isa, Shape { m: hidden_rh.len() / h, n: v, k: h }, hidden_rh, out, false);
     }
 
     fn norm_row(&self, norm: &[f32], x: &[f32], y: &mut [f32]) {
@@ -136,7 +182,7 @@ fn available_bytes() -> usize {
 
 impl BlockEngine for CpuEngine {
     type Tensor = Arc<Buffer>;
-    type Table = Packed;
+    type Table = Matrix;
     type Block = CpuBlock;
     type Norm = Vec<f32>;
     type Geometry = Arc<Turns>;
@@ -172,16 +218,16 @@ impl BlockEngine for CpuEngine {
         (HEAD_CACHE_BYTES / row).max(HEAD_ROWS_MIN).min(HEAD_BYTES_MAX / row).max(1)
     }
 
-    fn table(&self, values: &[f32]) -> Packed {
+    fn table(&self, values: &[f32]) -> Matrix {
         let h = self.config.hidden_size;
-        Packed::transposed(self.isa, values, values.len() / h, h)
+        Matrix::of(self.isa, self.formats.head, values, values.len() / h, h)
     }
 
-    fn lookup(&self, _values: &[f32]) -> Packed {
-        Packed::default()
+    fn lookup(&self, _values: &[f32]) -> Matrix {
+        Matrix::default()
     }
 
-    fn table_bytes(&self, table: &Packed, _len: usize) -> usize {
+    fn table_bytes(&self, table: &Matrix, _len: usize) -> usize {
         table.bytes()
     }
 
@@ -197,30 +243,79 @@ impl BlockEngine for CpuEngine {
         Ok(x.to_vec())
     }
 
-    fn embedding(&self, values: &[f32]) -> Packed {
-        // Embedding reads the master values; only a head needs panels.
-        if self.config.tie_word_embeddings { self.table(values) } else { Packed::default() }
+    fn embedding(&self, values: &[f32]) -> Matrix {
+        // Embedding reads the f32 values where there are some; only a head needs panels then.
+        if self.config.tie_word_embeddings || self.holds_embedding() { self.table(values) } else { Matrix::default() }
     }
 
-    fn refresh_table(&self, table: &mut Packed, values: &[f32]) {
-        if table.n() > 0 {
-            let (h, v) = (self.config.hidden_size, table.n());
-            table.set_transposed(self.isa, values, h, v, h);
+    fn refresh_table(&self, table: &mut Matrix, values: &[f32]) {
+        let h = self.config.hidden_size;
+        table.set(self.isa, self.formats.head, values, values.len() / h, h);
+    }
+
+    fn refresh_embedding(&self, table: &mut Matrix, values: &[f32]) {
+        // As above.
+        if self.config.tie_word_embeddings || self.holds_embedding() {
+            self.refresh_table(table, values);
         }
+    }
+
+    fn trains_on_masters(&self) -> bool {
+        !self.holds_blocks()
+    }
+
+    fn no_table(&self, _values: &[f32]) -> Matrix {
+        Matrix::default()
+    }
+
+    fn no_block(&self, _flat: &[f32]) -> CpuBlock {
+        CpuBlock::default()
+    }
+
+    fn in_format(&self, format: WeightFormat) -> Result<Self> {
+        if self.inside.is_some() {
+            return Err(EngineError::invalid("a rank of a sharded model holds its weights in f32 only", ""));
+        }
+        Ok(Self::new(self.config.clone()).holding(format))
+    }
+
+    fn holds_blocks(&self) -> bool {
+        self.formats.blocks.is_some()
+    }
+
+    fn holds_embedding(&self) -> bool {
+        self.formats.embedding.is_some()
+    }
+
+    fn read_block(&self, block: &CpuBlock, range: Range<usize>) -> Vec<f32> {
+        block.read(&self.layout, range)
+    }
+
+    fn write_block(&self, block: &mut CpuBlock, start: usize, values: &[f32]) {
+        block.write(self.isa, &self.layout, self.formats, start, values);
+    }
+
+    fn read_table(&self, table: &Matrix) -> Vec<f32> {
+        let h = self.config.hidden_size;
+        let mut values = vec![0.0; table.n() * h];
+        if let Some(narrow) = table.narrow() {
+            values.chunks_exact_mut(h).enumerate().for_each(|(id, row)| narrow.row(id, row));
+        }
+        values
     }
 
     fn block(&self, flat: &[f32]) -> CpuBlock {
         let mut block = CpuBlock::default();
-        block.set(self.isa, &self.layout, flat);
+        block.set(self.isa, &self.layout, self.formats, flat);
         block
     }
 
     fn refresh_block(&self, block: &mut CpuBlock, flat: &[f32]) {
-        block.set(self.isa, &self.layout, flat);
+        block.set(self.isa, &self.layout, self.formats, flat);
     }
 
     fn norm(&self, values: &[f32]) -> Vec<f32> {
-        values.to_vec()
+        self.formats.vector(values)
     }
 
     fn geometry(&self, t: usize) -> Arc<Turns> {
@@ -241,9 +336,13 @@ impl BlockEngine for CpuEngine {
         turns
     }
 
-    fn embed(&self, _table: &Packed, values: &[f32], ids: &[u32]) -> Result<Arc<Buffer>> {
+    fn embed(&self, table: &Matrix, values: &[f32], ids: &[u32]) -> Result<Arc<Buffer>> {
         let h = self.config.hidden_size;
         let mut x = Buffer::dirty(ids.len() * h);
+        if let (true, Some(narrow)) = (self.holds_embedding(), table.narrow()) {
+            x.chunks_exact_mut(h).zip(ids).for_each(|(row, id)| narrow.row(*id as usize, row));
+            return Ok(Arc::new(x));
+        }
         for (row, id) in x.chunks_exact_mut(h).zip(ids) {
             match self.row_of(*id) {
                 Some(id) => row.copy_from_slice(&values[id * h..][..h]),
@@ -267,7 +366,7 @@ impl BlockEngine for CpuEngine {
     }
 
     fn block_forward(&self, block: &CpuBlock, turns: &Arc<Turns>, b: usize, x: Arc<Buffer>) -> Result<Arc<Buffer>> {
-        Ok(Arc::new(self.run(block).forward(turns, b, x)?.0))
+        Ok(Arc::new(self.run(block.weights()).forward(turns, b, x)?.0))
     }
 
     fn saved_bytes(&self) -> usize {
@@ -277,19 +376,21 @@ impl BlockEngine for CpuEngine {
     fn block_forward_keep(
         &self,
         block: &CpuBlock,
+        params: Option<&[f32]>,
         turns: &Arc<Turns>,
         b: usize,
         x: Arc<Buffer>,
         whole: bool,
     ) -> Result<(Arc<Buffer>, Saved)> {
         let input = x.clone();
-        let (y, found) = self.run(block).forward(turns, b, x)?;
+        let weights = params.map_or_else(|| block.weights(), |params| self.layout.weights(params));
+        let (y, found) = self.run(weights).forward(turns, b, x)?;
         Ok((Arc::new(y), if whole { Saved::Whole(Box::new(found)) } else { Saved::Input(input) }))
     }
 
     fn block_backward(
         &self,
-        block: &CpuBlock,
+        _block: &CpuBlock,
         params: &[f32],
         tiles: Vec<BackwardTile<Self>>,
         grads: &mut [f32],
@@ -306,7 +407,8 @@ impl BlockEngine for CpuEngine {
             let found = self.run_lanes(part.len(), &|index| {
                 // Taken out, so that what backward has read is freed as it goes.
                 let tile = part[index].lock().unwrap_or_else(PoisonError::into_inner).take();
-                tile.map(|tile| self.run(block).backward(params, &tile.geometry, tile.b, tile.saved, tile.dy))
+                let run = self.run(self.layout.weights(params));
+                tile.map(|tile| run.backward(params, &tile.geometry, tile.b, tile.saved, tile.dy))
             });
             for pending in found.into_iter().flatten() {
                 dx.push(Arc::new(pending?.add_to(self.isa, &self.layout, grads)));
@@ -344,18 +446,25 @@ impl BlockEngine for CpuEngine {
         Ok((Arc::new(dx), dnorm))
     }
 
-    fn head(&self, table: &Packed, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {
-        let (h, v) = (self.config.hidden_size, table.n());
-        let m = hidden_rh.len() / h;
-        // Every number is overwritten, so the old ones may stay.
-        out.resize(m * v, 0.0);
-        gemm(self.isa, Shape { m, n: v, k: h }, Left::Rows(hidden_rh, h), Right::Packed(table), out, v, false);
+    fn head(&self, table: &Matrix, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {
+        self.logits(table.factor(), table.n(), hidden_rh, out);
+        Ok(())
+    }
+
+    fn decode_head(&self, table: &Matrix, hidden_rh: &[f32], logits_rv: &mut [f32]) -> Result<()> {
+        self.logits_into(table.factor(), table.n(), hidden_rh, logits_rv);
+        Ok(())
+    }
+
+    fn head_of_masters(&self, _table: &Matrix, values: &[f32], hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {
+        let h = self.config.hidden_size;
+        self.logits(Factor::Wide(Right::Columns(values, h)), values.len() / h, hidden_rh, out);
         Ok(())
     }
 
     fn head_vjp(
         &self,
-        _table: &Packed,
+        _table: &Matrix,
         values: &[f32],
         hidden_rh: &[f32],
         dlogits_rv: &[f32],
@@ -408,12 +517,12 @@ impl BlockEngine for CpuEngine {
             /// Held while one token is attended to, which stays on its thread.
             static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
         }
-        let run = self.run(block);
+        let run = self.run(block.weights());
         let heads = self.layout.heads;
         let (row_width, width) = (heads.row(), heads.width());
         let longest = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
         let turns = self.geometry(longest);
-        let raw = run.project(&block.qkv, &run.norm(&x, &block.input_norm));
+        let raw = run.project(run.weights.qkv, &run.norm(&x, run.weights.input_norm));
         let qkv = run.turned(&raw, &turns, |index| rows[index].position);
         for (row, qkv) in rows.iter().zip(qkv.chunks_exact(row_width)) {
             let kv = &mut kv[row.slot];
@@ -438,13 +547,14 @@ impl BlockEngine for CpuEngine {
                 pages.clear();
                 pages.extend(kv[row.slot].pages());
                 let queries = &qkv[index * row_width..][..width];
+                let next = rows.get(index + 1).and_then(|row| kv[row.slot].pages().next());
                 SCORES.with_borrow_mut(|scores| {
-                    attend(self.isa, heads, &pages, row.position + 1, queries, scores, out);
+                    attend(self.isa, heads, &pages, row.position + 1, queries, scores, out, next);
                 });
             }
         });
-        let z = run.add_projected(&block.o, &mixed, &x)?;
-        Ok(Arc::new(run.feed_forward(&z)?.0))
+        let z = run.add_projected(run.weights.o, &mixed, &x)?;
+        Ok(Arc::new(run.finish(&z, &run.gate_up(&z))?))
     }
 }
 
@@ -495,7 +605,7 @@ mod tests {
         let flat = weights::random(&config, 1)[1..=config.block_params(0).len()].concat();
         let (block, n) = (engine.block(&flat), 12);
         let x = Arc::new(Buffer::zeros(n * config.hidden_size));
-        let (_, whole) = engine.run(&block).forward(&engine.geometry(6), 2, x).unwrap();
+        let (_, whole) = engine.run(block.weights()).forward(&engine.geometry(6), 2, x).unwrap();
         assert_eq!(whole.kept(), n * config.kept_width());
     }
 

@@ -6,13 +6,14 @@
 
 use std::ops::Range;
 
+use cosmos_kernels::{Isa, vocabulary};
 use rayon::prelude::*;
 
 use crate::block::BlockEngine;
 use crate::burn_engine::BurnEngine;
 use crate::cpu_engine::CpuEngine;
 use crate::model::{Family, LogitsSource, Model, ModelConfig};
-use crate::score::softmax::divides;
+use crate::score::softmax::{apply_temperature, divides};
 use crate::{EngineError, Result};
 
 /// From hidden states to logits.
@@ -273,9 +274,17 @@ impl LogitsSource for MixedLogits<'_> {
                 "keep the hidden states of every scored token",
             ));
         }
+        if let [part] = self.parts.as_mut_slice()
+            && part.head.vocab() == self.columns.len()
+            && part.head.chunk_rows() >= rows.len()
+        {
+            // One teacher answers every row, and all of it is wanted: its logits as they come.
+            let width = part.head.hidden();
+            return part.head.logits_rv(&part.hidden_rh[rows.start * width..rows.end * width], out);
+        }
         let (vocab, columns, totals) = (self.vocab, self.columns.clone(), &self.totals);
         let width_out = columns.len();
-        let divisor = if divides(self.temperature) { f64::from(self.temperature) } else { 1.0 };
+        let temperature = self.temperature;
         out.clear();
         out.resize(rows.len() * width_out, f32::NEG_INFINITY);
         for part in &mut self.parts {
@@ -288,36 +297,37 @@ impl LogitsSource for MixedLogits<'_> {
                 part.head.logits_rv(&part.hidden_rh[first.1 * width..(last.1 + 1) * width], &mut self.part_rv)?;
                 let mut rest = out.as_mut_slice();
                 let mut at = rows.start;
-                let mut pairs: Vec<(&mut [f32], &[f32], f64, bool)> = Vec::with_capacity(chunk.len());
-                for ((row, _, weight), logits_v) in chunk.iter().zip(self.part_rv.chunks_exact(wide)) {
+                let mut pairs: Vec<(&mut [f32], &mut [f32], f64, bool)> = Vec::with_capacity(chunk.len());
+                for ((row, _, weight), logits_v) in chunk.iter().zip(self.part_rv.chunks_exact_mut(wide)) {
                     let (_, from) = std::mem::take(&mut rest).split_at_mut((row - at) * width_out);
                     let (own, after) = from.split_at_mut(width_out);
                     (rest, at) = (after, row + 1);
                     let (total, count) = totals[*row];
-                    pairs.push((own, &logits_v[..vocab], weight / total, count == 1));
+                    pairs.push((own, &mut logits_v[..vocab], weight / total, count == 1));
                 }
                 pairs.into_par_iter().for_each(|(out_v, logits_v, share, alone)| match alone {
                     true => out_v.copy_from_slice(&logits_v[columns.clone()]),
-                    false => add_share(out_v, logits_v, columns.clone(), share, divisor),
+                    false => add_share(out_v, logits_v, columns.clone(), share, temperature),
                 });
             }
         }
-        out.par_chunks_mut(width_out).zip(&totals[rows]).filter(|(_, (_, count))| *count > 1).for_each(|(row_v, _)| {
-            row_v.iter_mut().for_each(|z| *z = (f64::from(*z) * divisor) as f32);
-        });
+        if divides(temperature) {
+            out.par_chunks_mut(width_out).zip(&totals[rows]).filter(|(_, (_, count))| *count > 1).for_each(
+                |(row_v, _)| {
+                    row_v.iter_mut().for_each(|z| *z *= temperature);
+                },
+            );
+        }
         Ok(())
     }
 }
 
-/// `out = log(exp(out) + share · softmax(z / divisor))` of the tokens in `columns`.
-fn add_share(out_v: &mut [f32], logits_v: &[f32], columns: Range<usize>, share: f64, divisor: f64) {
-    let max = logits_v.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits_v.iter().map(|&z| ((f64::from(z) - f64::from(max)) / divisor).exp()).sum();
-    let shift = share.ln() - sum.ln();
-    for (out, z) in out_v.iter_mut().zip(&logits_v[columns]) {
-        let own = (f64::from(*z) - f64::from(max)) / divisor + shift;
-        *out = log_add(f64::from(*out), own) as f32;
-    }
+/// `out = log(exp(out) + share · softmax(z / temperature))` of the tokens in `columns`; NaN where `z` has no softmax.
+fn add_share(out_v: &mut [f32], logits_v: &mut [f32], columns: Range<usize>, share: f64, temperature: f32) {
+    apply_temperature(logits_v, temperature);
+    let Some(sums) = vocabulary::sums(Isa::best(), logits_v) else { return out_v.fill(f32::NAN) };
+    let shift = share.ln() - sums.sum.ln();
+    vocabulary::add_density(Isa::best(), out_v, &logits_v[columns], sums.max, shift as f32);
 }
 
 /// `log(exp(a) + exp(b))`; NaN if either is.

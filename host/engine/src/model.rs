@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use cosmos_parallel::{Collective, Single};
+use rayon::prelude::*;
 
 use crate::batch::{Position, TokenBatch};
 use crate::{EngineError, Result};
@@ -117,6 +118,34 @@ pub trait Losses {
     fn with(&mut self, index: usize, run: &mut dyn FnMut(&mut dyn HeadLoss) -> Result<()>) -> Result<()>;
 }
 
+/// How a model holds the weights that it only reads: those of a model that is not trained, or those that a model in training
+/// decodes with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WeightFormat {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// Matrices and embedding in bf16, rounded to the nearest.
+    Bf16,
+    /// The blocks' matrices in whole numbers of one byte with a scale for every 128 inputs of an output (the formula stands
+    /// at `cosmos_kernels::narrow`); the embedding in f32.
+    Int8 {
+        /// Whether the head is in int8 too; in bf16 otherwise.
+        head: bool,
+    },
+}
+
+impl fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 { head: false } => "int8",
+            Self::Int8 { head: true } => "int8 with its head",
+        })
+    }
+}
+
 /// A causal language model on some device. Host slices are f32.
 ///
 /// A rank of a sharded model is a `Model` too. All ranks of a replica then call the same methods in the same order, those
@@ -205,6 +234,20 @@ pub trait Model: Send {
     /// the new values current. The optimizer's and the clipper's way in.
     fn update_params(&mut self, update: &mut dyn FnMut(usize, &mut [f32], &mut [f32])) -> Result<()>;
 
+    /// From now on decodes with a copy of the weights in `format`, which is brought up to date where they have changed when a
+    /// decoder is made. F32 gives the copy up.
+    ///
+    /// # Errors
+    /// A format that the engine does not have.
+    fn decode_in(&mut self, format: WeightFormat) -> Result<()> {
+        match format {
+            WeightFormat::F32 => Ok(()),
+            _ => {
+                Err(EngineError::invalid(format!("this model does not decode in {format}"), "leave the weights in f32"))
+            }
+        }
+    }
+
     /// A decoder with `slots` sequences of at most `capacity` tokens each (prompt and completion).
     fn decoder(&mut self, slots: usize, capacity: usize) -> Result<Box<dyn Decoder + '_>>;
 
@@ -244,6 +287,17 @@ pub trait Decoder {
     fn prefill(&mut self, entries: &[Prefill<'_>]) -> Result<Vec<f32>>;
     /// Appends one token to each listed slot; the logits that follow, `[entries, vocab]`, in the order given.
     fn step(&mut self, entries: &[(usize, u32)]) -> Result<Vec<f32>>;
+    /// As [`Decoder::step`], but each row of logits is only shown, with the index of its entry, where it was computed:
+    /// several at a time on as many threads, while the numbers are still near the core.
+    fn step_each(&mut self, entries: &[(usize, u32)], see: &(dyn Fn(usize, &[f32]) + Sync)) -> Result<()> {
+        let logits_rv = self.step(entries)?;
+        if !entries.is_empty() {
+            let rows = logits_rv.par_chunks_exact((logits_rv.len() / entries.len()).max(1));
+            rows.enumerate().for_each(|(index, logits_v)| see(index, logits_v));
+        }
+        self.recycle(logits_rv);
+        Ok(())
+    }
     /// Frees a slot.
     fn release(&mut self, slot: usize);
     /// Takes logits back, so that the next step has their memory instead of fresh pages.
@@ -261,6 +315,38 @@ pub fn load(folder: &Path, device: &str) -> Result<Box<dyn Model>> {
     match device {
         "cpu" => crate::cpu_engine::load(folder),
         _ => crate::burn_engine::load(folder, device),
+    }
+}
+
+/// A model that is not trained, with its weights held in `format` and nothing beside them.
+///
+/// # Errors
+/// As [`load`], and a format that the device does not have.
+pub fn load_frozen(folder: &Path, device: &str, format: WeightFormat) -> Result<Box<dyn Model>> {
+    match (device, format) {
+        (_, WeightFormat::F32) => load(folder, device),
+        ("cpu", _) => crate::cpu_engine::load_frozen(folder, format),
+        _ => Err(no_format(device, format)),
+    }
+}
+
+/// As [`load_frozen`], with the weights that [`random`] makes.
+///
+/// # Errors
+/// As [`load_frozen`].
+pub fn random_frozen(config: &ModelConfig, device: &str, format: WeightFormat, seed: u64) -> Result<Box<dyn Model>> {
+    match (device, format) {
+        (_, WeightFormat::F32) => random(config, device, seed),
+        ("cpu", _) => crate::cpu_engine::random_frozen(config, format, seed),
+        _ => Err(no_format(device, format)),
+    }
+}
+
+fn no_format(device: &str, format: WeightFormat) -> EngineError {
+    EngineError::Device {
+        device: device.into(),
+        message: format!("it has no weights in {format}"),
+        hint: "use the native engine, `cpu`, or leave the weights in f32".into(),
     }
 }
 

@@ -74,6 +74,18 @@ pub struct Scored {
     pub hidden_rh: Option<Vec<f32>>,
 }
 
+impl Scored {
+    /// Appends a token's scores.
+    fn push(&mut self, row: RowScore) {
+        self.logprobs.push(row.logprob);
+        self.entropy.push(row.entropy);
+        self.top1.push(row.top1);
+        self.top_ids.extend(row.top.iter().map(|t| t.1));
+        self.top_logprobs.extend(row.top.iter().map(|t| t.0));
+        self.candidate_logprobs.extend(row.candidates);
+    }
+}
+
 /// What one row gave.
 struct RowScore {
     logprob: f32,
@@ -101,6 +113,7 @@ pub fn score(model: &mut dyn Model, requests: &[ScoreRequest<'_>], options: &Sco
     let mut order: Vec<usize> = (0..requests.len()).collect();
     order.sort_by_key(|&i| std::cmp::Reverse(requests[i].ids.len()));
     let mut scored = vec![Scored::default(); requests.len()];
+    let mut logits_rv = Vec::new();
     for group in order.chunks(options.mini_batch) {
         // The last token predicts nothing that is scored.
         let sequences: Vec<&[u32]> = group.iter().map(|&i| &requests[i].ids[..requests[i].ids.len() - 1]).collect();
@@ -117,19 +130,22 @@ pub fn score(model: &mut dyn Model, requests: &[ScoreRequest<'_>], options: &Sco
             continue;
         }
         let width = row_width(&hidden_rh, positions.len())?;
-        let mut row = 0;
+        // The rows of all sequences go through the head together, so that short ones do not make it read its weights for a
+        // few rows each.
+        let wanted: Vec<RowWanted<'_>> = match options.head {
+            true => group.iter().flat_map(|&i| RowWanted::of(&requests[i])).collect(),
+            false => Vec::new(),
+        };
+        let mut found = head_rows(model, &hidden_rh, &wanted, options, &mut logits_rv)?.into_iter();
+        let mut own_rh = hidden_rh.chunks_exact(width);
         for &i in group {
-            let request = &requests[i];
-            let rows = request.scored();
-            let own_rh = &hidden_rh[row * width..(row + rows) * width];
-            row += rows;
-            if options.head {
-                let wanted =
-                    Wanted { targets: &request.ids[request.first..], candidates: request.candidates.unwrap_or(&[]) };
-                scored[i] = head_logprobs(model, own_rh, &wanted, options)?;
-            }
+            let rows = requests[i].scored();
+            found.by_ref().take(rows).for_each(|row| scored[i].push(row));
+            let own_rh = own_rh.by_ref().take(rows);
             if options.keep_hidden {
-                scored[i].hidden_rh = Some(own_rh.to_vec());
+                scored[i].hidden_rh = Some(own_rh.flatten().copied().collect());
+            } else {
+                own_rh.for_each(drop);
             }
         }
     }
@@ -176,98 +192,77 @@ fn row_width(hidden_rh: &[f32], rows: usize) -> Result<usize> {
     Ok(hidden_rh.len() / rows)
 }
 
-/// Which log-probs are wanted of a run of rows.
-#[derive(Debug, Clone, Copy)]
-pub struct Wanted<'a> {
-    /// One id per row.
-    pub targets: &'a [u32],
-    /// `[rows, k]` further ids, or none.
-    pub candidates: &'a [u32],
+/// Which log-probs are wanted of a row.
+#[derive(Clone, Copy)]
+struct RowWanted<'a> {
+    target: u32,
+    candidates: &'a [u32],
 }
 
-/// The head over hidden states `[rows, hidden]`, chunk by chunk: log-probs of the targets and candidates and the top k.
+impl<'a> RowWanted<'a> {
+    /// Of each scored token of a checked request.
+    fn of(request: &ScoreRequest<'a>) -> impl Iterator<Item = Self> + use<'a> {
+        let all = request.candidates.unwrap_or(&[]);
+        let k = all.len() / request.scored();
+        let targets = request.ids[request.first..].iter().enumerate();
+        targets.map(move |(row, &target)| Self { target, candidates: &all[row * k..(row + 1) * k] })
+    }
+}
+
+/// The head over hidden states `[wanted, hidden]`, chunk by chunk: log-probs of the targets and candidates and the top k.
 /// Each row is computed on its own, so neither the chunk size nor the order of rows changes a result. Where the vocabulary
-/// is cut over ranks, all of them give the same rows and get the same scores.
-pub fn head_logprobs(
+/// is cut over ranks, all of them give the same rows and get the same scores. `logits_rv` is memory for a chunk.
+fn head_rows(
     model: &mut dyn Model,
     hidden_rh: &[f32],
-    wanted: &Wanted<'_>,
+    wanted: &[RowWanted<'_>],
     options: &ScoreOptions,
-) -> Result<Scored> {
-    let rows = wanted.targets.len();
-    let width = row_width(hidden_rh, rows)?;
-    let k = wanted.candidates.len() / rows;
+    logits_rv: &mut Vec<f32>,
+) -> Result<Vec<RowScore>> {
+    if wanted.is_empty() {
+        return Ok(Vec::new());
+    }
+    let width = row_width(hidden_rh, wanted.len())?;
     let shard = model.vocab_shard();
     shard::check(&shard)?;
-    let (vocab, own) = (shard.vocab, shard.len);
-    let outside = |&id: &u32| id != ABSENT && id as usize >= vocab;
-    if wanted.targets.iter().any(|&id| id as usize >= vocab) || wanted.candidates.iter().any(outside) {
-        return Err(EngineError::invalid(format!("an id to score is outside the vocabulary of {vocab}"), ""));
-    }
     let chunk_rows = model.head_chunk_rows().max(1);
-    let mut scored = Scored::default();
-    let mut logits_rv = Vec::new();
-    let mut start = 0;
-    while start < rows {
-        let end = rows.min(start + chunk_rows);
-        model.head_logits_rv(&hidden_rh[start * width..end * width], &mut logits_rv)?;
-        if logits_rv.len() != (end - start) * own {
+    let mut scores = Vec::with_capacity(wanted.len());
+    for (wanted, hidden_rh) in wanted.chunks(chunk_rows).zip(hidden_rh.chunks(chunk_rows * width)) {
+        model.head_logits_rv(hidden_rh, logits_rv)?;
+        if logits_rv.len() != wanted.len() * shard.len {
             return Err(EngineError::invalid(
-                format!("the head gave {} logits for {} rows of {own}", logits_rv.len(), end - start),
+                format!("the head gave {} logits for {} rows of {}", logits_rv.len(), wanted.len(), shard.len),
                 "",
             ));
         }
-        let wanted_of = |r: usize| {
-            let row = start + r;
-            (wanted.targets[row], &wanted.candidates[row * k..(row + 1) * k])
-        };
-        let rows_v = logits_rv.par_chunks_mut(own).enumerate();
-        let parts: Vec<RowScore> = if shard.is_whole() {
-            rows_v
-                .map(|(r, z_v)| {
-                    let (target, candidates) = wanted_of(r);
-                    row_score(z_v, target, candidates, options)
-                })
-                .collect()
+        let rows = wanted.par_iter().zip(logits_rv.par_chunks_mut(shard.len));
+        if shard.is_whole() {
+            scores.par_extend(rows.map(|(wanted, z_v)| row_score(z_v, wanted, options)));
         } else {
-            let parts: Vec<RowPart> = rows_v
-                .map(|(r, z_v)| {
-                    let (target, candidates) = wanted_of(r);
-                    row_part(&shard, z_v, target, candidates, options)
-                })
-                .collect();
+            let parts: Vec<RowPart> = rows.map(|(wanted, z_v)| row_part(&shard, z_v, wanted, options)).collect();
             let whole = shard::join(&shard, &parts, options.top_k)?;
-            whole.into_iter().map(|row| score_of(row, options.top_k.min(vocab))).collect()
-        };
-        for part in parts {
-            scored.logprobs.push(part.logprob);
-            scored.entropy.push(part.entropy);
-            scored.top1.push(part.top1);
-            scored.top_ids.extend(part.top.iter().map(|t| t.1));
-            scored.top_logprobs.extend(part.top.iter().map(|t| t.0));
-            scored.candidate_logprobs.extend(part.candidates);
+            scores.extend(whole.into_iter().map(|row| score_of(row, options.top_k.min(shard.vocab))));
         }
-        start = end;
     }
-    Ok(scored)
+    Ok(scores)
 }
 
-fn row_score(z_v: &mut [f32], target: u32, candidates: &[u32], options: &ScoreOptions) -> RowScore {
+fn row_score(z_v: &mut [f32], wanted: &RowWanted<'_>, options: &ScoreOptions) -> RowScore {
     apply_temperature(z_v, options.temperature);
     let logit = |&id: &u32| if id == ABSENT { f32::NEG_INFINITY } else { z_v[id as usize] };
-    let picked = std::iter::once(&target).chain(candidates).map(logit).collect();
+    let picked = std::iter::once(&wanted.target).chain(wanted.candidates).map(logit).collect();
     let top = top::top_k(z_v, options.top_k);
     let k = top.len();
     score_of(RowWhole { own: RowStats::of(z_v), other: None, picked, top }, k)
 }
 
 /// What a rank knows of a row of which it has a part of the vocabulary.
-fn row_part(shard: &VocabShard, z_v: &mut [f32], target: u32, candidates: &[u32], options: &ScoreOptions) -> RowPart {
+fn row_part(shard: &VocabShard, z_v: &mut [f32], wanted: &RowWanted<'_>, options: &ScoreOptions) -> RowPart {
     apply_temperature(z_v, options.temperature);
     RowPart {
         own: PartStats::of(z_v, shard.first),
         other: None,
-        picked: std::iter::once(&target).chain(candidates).map(|&id| pick(shard, z_v, id)).collect(),
+        picked: std::iter::once(&wanted.target).chain(wanted.candidates).map(|&id| pick(shard, z_v, id)).collect(),
         top: top::top_k_from(z_v, options.top_k, shard.first),
     }
 }

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::batch::{Position, TokenBatch};
 use crate::block::{BackwardTile, BlockEngine};
-use crate::model::{Decoder, HeadLoss, Model, ModelConfig, ParamSpec};
+use crate::model::{Decoder, HeadLoss, Model, ModelConfig, ParamSpec, WeightFormat};
 use crate::{EngineError, Result};
 
 mod decoder;
@@ -19,6 +19,11 @@ use tile::{Tile, plan};
 
 /// Bytes of activations that a forward keeps for its backward, beside each block's input.
 pub const KEPT_BYTES_MAX: usize = 1 << 30;
+/// Of a model whose parameters are large beside that, it keeps at most this part of their bytes: what is kept spares a
+/// fraction of the step's time, and there memory is what decides whether a model can be trained at all.
+const KEPT_PART_OF_PARAMS: usize = 16;
+/// What the device holds for decoding may stay through training, where it is not used, up to this size.
+const IDLE_BYTES_MAX: usize = 256 << 20;
 
 /// Where a parameter lies in the buffers.
 struct Place {
@@ -39,6 +44,33 @@ impl<E: BlockEngine> OnDevice<E> {
     fn head(&self) -> &E::Table {
         self.head.as_ref().unwrap_or(&self.embed)
     }
+
+    /// Uploads the groups that are `stale`, and marks them as fresh.
+    fn refresh(&mut self, engine: &E, groups: &[Vec<f32>], stale: &mut [bool]) {
+        let layers = self.blocks.len();
+        for (group, values) in groups.iter().enumerate() {
+            if !std::mem::take(&mut stale[group]) {
+                continue;
+            }
+            if group == 0 {
+                engine.refresh_embedding(&mut self.embed, values);
+            } else if group <= layers {
+                engine.refresh_block(&mut self.blocks[group - 1], values);
+            } else if group == layers + 1 {
+                self.norm = engine.norm(values);
+            } else if let Some(head) = &mut self.head {
+                engine.refresh_table(head, values);
+            }
+        }
+    }
+}
+
+/// A second form of the weights, which sequences are decoded with.
+struct Decoding<E: BlockEngine> {
+    engine: E,
+    device: OnDevice<E>,
+    /// Groups whose master values are newer than the copy's.
+    stale: Vec<bool>,
 }
 
 /// A model: an engine and the parameters it runs on.
@@ -46,7 +78,7 @@ pub struct Transformer<E: BlockEngine> {
     engine: E,
     specs: Vec<ParamSpec>,
     places: Vec<Place>,
-    /// Master values: the embedding, each block, the norm, and the head unless tied.
+    /// Master values: the embedding, each block, the norm, and the head unless tied. Empty where the device holds them itself.
     groups: Vec<Vec<f32>>,
     /// Gradients in the same layout; empty until the first backward, so that a frozen model pays nothing.
     grads: Vec<Vec<f32>>,
@@ -55,44 +87,99 @@ pub struct Transformer<E: BlockEngine> {
     /// One chunk of logits, for the next step to use again.
     logits_rv: Vec<f32>,
     device: OnDevice<E>,
+    /// None where decoding reads what training reads.
+    decoding: Option<Decoding<E>>,
 }
 
 impl<E: BlockEngine> Transformer<E> {
     /// A model from its parameters, `values` in the order of [`ModelConfig::params`].
-    pub fn new(engine: E, values: Vec<Vec<f32>>) -> Result<Self> {
-        let config = engine.config();
-        let mut lists = vec![config.embed_params()];
-        lists.extend((0..config.num_hidden_layers).map(|layer| config.block_params(layer)));
-        lists.push(config.norm_params());
-        lists.push(config.head_params());
-        lists.retain(|list| !list.is_empty());
-        let specs: Vec<ParamSpec> = lists.concat();
-        if specs.len() != values.len() {
+    pub fn new(engine: E, mut values: Vec<Vec<f32>>) -> Result<Self> {
+        let expected = engine.config().params().len();
+        if expected != values.len() {
             return Err(EngineError::invalid(
-                format!("the model has {} parameters, {} were given", specs.len(), values.len()),
+                format!("the model has {expected} parameters, {} were given", values.len()),
                 "",
             ));
         }
-        let (mut groups, mut places) = (Vec::new(), Vec::new());
-        let mut values = values.into_iter().zip(&specs);
-        for (group, list) in lists.iter().enumerate() {
-            let mut flat = Vec::with_capacity(list.iter().map(ParamSpec::len).sum());
-            for (value, spec) in values.by_ref().take(list.len()) {
-                check_len(spec, value.len())?;
-                places.push(Place { group, range: flat.len()..flat.len() + value.len() });
-                flat.extend_from_slice(&value);
-            }
-            groups.push(flat);
-        }
+        Self::from_source(engine, &mut |index, _| Ok(std::mem::take(&mut values[index])))
+    }
+
+    /// As [`Transformer::new`], asking for one parameter after the other: what the device holds itself is never all there in
+    /// f32.
+    pub fn from_source(engine: E, source: &mut dyn FnMut(usize, &ParamSpec) -> Result<Vec<f32>>) -> Result<Self> {
+        let config = engine.config().clone();
         let layers = config.num_hidden_layers;
-        let embed = engine.embedding(&groups[0]);
-        let head = (!config.tie_word_embeddings).then(|| engine.table(&groups[layers + 2]));
-        let blocks = (0..layers).map(|layer| engine.block(&groups[1 + layer])).collect();
+        // What training does not read is made when it is first asked for.
+        let lazy = engine.trains_on_masters();
+        let (mut specs, mut places) = (Vec::new(), Vec::new());
+        let mut group = 0;
+        let mut next = |list: Vec<ParamSpec>| -> Result<Vec<f32>> {
+            let mut flat = Vec::with_capacity(list.iter().map(ParamSpec::len).sum());
+            for spec in list {
+                let values = source(specs.len(), &spec)?;
+                check_len(&spec, values.len())?;
+                places.push(Place { group, range: flat.len()..flat.len() + values.len() });
+                flat.extend_from_slice(&values);
+                specs.push(spec);
+            }
+            group += 1;
+            Ok(flat)
+        };
+        let kept = |flat: Vec<f32>, held: bool| if held { Vec::new() } else { flat };
+        let mut groups = Vec::with_capacity(layers + 3);
+        let flat = next(config.embed_params())?;
+        let embed = if lazy { engine.no_table(&flat) } else { engine.embedding(&flat) };
+        groups.push(kept(flat, engine.holds_embedding()));
+        let mut blocks = Vec::with_capacity(layers);
+        for layer in 0..layers {
+            let flat = next(config.block_params(layer))?;
+            blocks.push(if lazy { engine.no_block(&flat) } else { engine.block(&flat) });
+            groups.push(kept(flat, engine.holds_blocks()));
+        }
+        groups.push(next(config.norm_params())?);
         let norm = engine.norm(&groups[1 + layers]);
-        let stale = vec![false; groups.len()];
+        let mut head = None;
+        if !config.tie_word_embeddings {
+            let flat = next(config.head_params())?;
+            head = Some(if lazy { engine.no_table(&flat) } else { engine.table(&flat) });
+            groups.push(kept(flat, engine.holds_blocks()));
+        }
+        let stale = vec![lazy; groups.len()];
         let grads = vec![Vec::new(); groups.len()];
         let device = OnDevice { embed, blocks, norm, head };
-        Ok(Self { device, engine, specs, places, groups, grads, stale, logits_rv: Vec::new() })
+        Ok(Self { device, engine, specs, places, groups, grads, stale, logits_rv: Vec::new(), decoding: None })
+    }
+
+    /// What sequences are decoded with.
+    fn decoding(&self) -> (&E, &OnDevice<E>) {
+        self.decoding.as_ref().map_or((&self.engine, &self.device), |copy| (&copy.engine, &copy.device))
+    }
+
+    /// Whether the device holds the values of `group` itself.
+    fn is_held(&self, group: usize) -> bool {
+        match group {
+            0 => self.engine.holds_embedding(),
+            _ => group != self.norm_group() && self.engine.holds_blocks(),
+        }
+    }
+
+    /// Refuses to train a model without master values.
+    fn check_trainable(&self) -> Result<()> {
+        if self.engine.holds_blocks() {
+            return Err(EngineError::invalid(
+                "a model that was loaded to be read only cannot be trained",
+                "load it with f32 weights",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Marks a group's master values as newer than what was made of them.
+    fn outdate(&mut self, group: usize) {
+        self.stale[group] = true;
+        if let Some(copy) = &mut self.decoding {
+            copy.stale[group] = true;
+        }
     }
 
     fn layers(&self) -> usize {
@@ -110,22 +197,45 @@ impl<E: BlockEngine> Transformer<E> {
 
     /// Uploads what changed since the device was last current.
     fn refresh(&mut self) {
-        let layers = self.layers();
-        for group in 0..self.groups.len() {
-            if !std::mem::take(&mut self.stale[group]) {
-                continue;
-            }
-            let values = &self.groups[group];
-            if group == 0 {
-                self.engine.refresh_table(&mut self.device.embed, values);
-            } else if group <= layers {
-                self.engine.refresh_block(&mut self.device.blocks[group - 1], values);
-            } else if group == layers + 1 {
-                self.device.norm = self.engine.norm(values);
-            } else if let Some(head) = &mut self.device.head {
-                self.engine.refresh_table(head, values);
-            }
+        self.device.refresh(&self.engine, &self.groups, &mut self.stale);
+    }
+
+    /// Makes ready what forward and backward read.
+    fn prepare_training(&mut self) {
+        if !self.engine.trains_on_masters() {
+            return self.refresh();
         }
+        let norm = self.norm_group();
+        if std::mem::take(&mut self.stale[norm]) {
+            self.device.norm = self.engine.norm(&self.groups[norm]);
+        }
+        if self.device_bytes() > IDLE_BYTES_MAX {
+            self.device.embed = self.engine.no_table(&self.groups[0]);
+            for (block, flat) in self.device.blocks.iter_mut().zip(&self.groups[1..]) {
+                *block = self.engine.no_block(flat);
+            }
+            if let Some(head) = &mut self.device.head {
+                *head = self.engine.no_table(&self.groups[norm + 1]);
+            }
+            self.stale.fill(true);
+            self.stale[norm] = false;
+        }
+    }
+
+    /// Bytes of tables and blocks on the device.
+    fn device_bytes(&self) -> usize {
+        let (engine, device) = (&self.engine, &self.device);
+        let tables = [Some((&device.embed, 0)), device.head.as_ref().map(|head| (head, self.norm_group() + 1))];
+        let tables =
+            tables.into_iter().flatten().map(|(table, group)| engine.table_bytes(table, self.groups[group].len()));
+        let blocks = device.blocks.iter().zip(&self.groups[1..]);
+        tables.sum::<usize>() + blocks.map(|(block, flat)| engine.block_bytes(block, flat.len())).sum::<usize>()
+    }
+
+    /// Bytes of activations to keep between forward and backward.
+    fn kept_bytes_max(&self) -> usize {
+        let params = 4 * self.groups.iter().map(Vec::len).sum::<usize>();
+        KEPT_BYTES_MAX.min((params / KEPT_PART_OF_PARAMS).max(KEPT_BYTES_MAX / 4))
     }
 
     /// The gradient buffer of `group`, made on first use.
@@ -184,7 +294,7 @@ impl<E: BlockEngine> Transformer<E> {
         let mut logits_rv = std::mem::take(&mut self.logits_rv);
         if loss.needs_first_pass() {
             for range in &chunks {
-                self.engine.head(self.device.head(), part(range), &mut logits_rv)?;
+                self.training_logits(part(range), &mut logits_rv)?;
                 loss.observe(range.clone(), &logits_rv)?;
             }
         }
@@ -192,7 +302,7 @@ impl<E: BlockEngine> Transformer<E> {
         for range in &chunks {
             // With a single chunk the first pass's logits serve the second one too.
             if chunks.len() > 1 || !loss.needs_first_pass() {
-                self.engine.head(self.device.head(), part(range), &mut logits_rv)?;
+                self.training_logits(part(range), &mut logits_rv)?;
             }
             loss.gradient(range.clone(), &mut logits_rv)?;
             dhidden_rh.extend(self.engine.head_vjp(
@@ -207,19 +317,25 @@ impl<E: BlockEngine> Transformer<E> {
         Ok(dhidden_rh)
     }
 
+    fn training_logits(&self, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {
+        self.engine.head_of_masters(self.device.head(), &self.groups[self.head_group()], hidden_rh, out)
+    }
+
     /// Forward of all tiles: what each block keeps, and the output of the last.
     #[allow(clippy::type_complexity)] // a tile's two results
     fn forward_keep(&self, tiles: &[Tile], geometries: &[E::Geometry]) -> Result<Vec<(Vec<E::Saved>, E::Tensor)>> {
         let tokens: usize = tiles.iter().map(|tile| tile.ids.len()).sum();
         let block_bytes = (self.engine.saved_bytes() * tokens).max(1);
         // The last blocks first: theirs is freed before the walk back comes to the others.
-        let recomputed = self.layers().saturating_sub(KEPT_BYTES_MAX / block_bytes);
+        let recomputed = self.layers().saturating_sub(self.kept_bytes_max() / block_bytes);
+        let masters = self.engine.trains_on_masters();
         let found = self.engine.run_lanes(tiles.len(), &|index| {
             let (tile, geometry) = (&tiles[index], &geometries[index]);
             let mut x = self.engine.embed(&self.device.embed, &self.groups[0], &tile.ids)?;
             let mut kept = Vec::with_capacity(self.layers());
             for (layer, block) in self.device.blocks.iter().enumerate() {
-                let (y, saved) = self.engine.block_forward_keep(block, geometry, tile.b(), x, layer >= recomputed)?;
+                let (params, whole) = (masters.then_some(&*self.groups[1 + layer]), layer >= recomputed);
+                let (y, saved) = self.engine.block_forward_keep(block, params, geometry, tile.b(), x, whole)?;
                 kept.push(saved);
                 x = y;
             }
@@ -266,8 +382,14 @@ impl<E: BlockEngine> Model for Transformer<E> {
     }
 
     fn read_param(&self, index: usize) -> Vec<f32> {
-        let place = &self.places[index];
-        self.groups[place.group][place.range.clone()].to_vec()
+        let Place { group, range } = &self.places[index];
+        let (held, layers) = (self.is_held(*group), self.layers());
+        match *group {
+            0 if held => self.engine.read_table(&self.device.embed),
+            group if held && group <= layers => self.engine.read_block(&self.device.blocks[group - 1], range.clone()),
+            _ if held => self.engine.read_table(self.device.head()),
+            group => self.groups[group][range.clone()].to_vec(),
+        }
     }
 
     fn write_param(&mut self, index: usize, values: &[f32]) -> Result<()> {
@@ -275,9 +397,18 @@ impl<E: BlockEngine> Model for Transformer<E> {
         let spec =
             self.specs.get(index).ok_or_else(|| EngineError::invalid(format!("parameter {index} of {count}"), ""))?;
         check_len(spec, values.len())?;
-        let place = &self.places[index];
-        self.groups[place.group][place.range.clone()].copy_from_slice(values);
-        self.stale[place.group] = true;
+        let Place { group, range } = &self.places[index];
+        let (group, range) = (*group, range.clone());
+        if !self.is_held(group) {
+            self.groups[group][range].copy_from_slice(values);
+            self.outdate(group);
+        } else if group == 0 {
+            self.engine.refresh_embedding(&mut self.device.embed, values);
+        } else if group <= self.layers() {
+            self.engine.write_block(&mut self.device.blocks[group - 1], range.start, values);
+        } else if let Some(head) = &mut self.device.head {
+            self.engine.refresh_table(head, values);
+        }
         Ok(())
     }
 
@@ -314,7 +445,8 @@ impl<E: BlockEngine> Model for Transformer<E> {
     }
 
     fn forward_backward(&mut self, batch: &TokenBatch, positions: &[Position], loss: &mut dyn HeadLoss) -> Result<()> {
-        self.refresh();
+        self.check_trainable()?;
+        self.prepare_training();
         let tiles = plan(batch, positions, self.config(), self.engine.tile_tokens())?;
         let geometries = self.geometries(&tiles);
         let (mut kept, outputs): (Vec<_>, Vec<_>) = self.forward_keep(&tiles, &geometries)?.into_iter().unzip();
@@ -369,6 +501,7 @@ impl<E: BlockEngine> Model for Transformer<E> {
     }
 
     fn update_params(&mut self, update: &mut dyn FnMut(usize, &mut [f32], &mut [f32])) -> Result<()> {
+        self.check_trainable()?;
         for group in 0..self.groups.len() {
             self.grads_of(group);
         }
@@ -376,16 +509,41 @@ impl<E: BlockEngine> Model for Transformer<E> {
             let values = &mut self.groups[place.group][place.range.clone()];
             update(index, values, &mut self.grads[place.group][place.range.clone()]);
         }
-        self.stale.fill(true);
-        self.refresh();
+        (0..self.groups.len()).for_each(|group| self.outdate(group));
+        if !self.engine.trains_on_masters() {
+            self.refresh();
+        }
+        Ok(())
+    }
+
+    fn decode_in(&mut self, format: WeightFormat) -> Result<()> {
+        self.check_trainable()?;
+        self.decoding = None;
+        if format == WeightFormat::F32 {
+            return Ok(());
+        }
+        let engine = self.engine.in_format(format)?;
+        let (layers, groups) = (self.layers(), &self.groups);
+        let device = OnDevice {
+            embed: engine.embedding(&groups[0]),
+            blocks: groups[1..=layers].iter().map(|flat| engine.block(flat)).collect(),
+            norm: engine.norm(&groups[1 + layers]),
+            head: groups.get(2 + layers).map(|values| engine.table(values)),
+        };
+        self.decoding = Some(Decoding { engine, device, stale: vec![false; groups.len()] });
         Ok(())
     }
 
     fn decoder(&mut self, slots: usize, capacity: usize) -> Result<Box<dyn Decoder + '_>> {
-        self.refresh();
+        match &mut self.decoding {
+            Some(copy) => copy.device.refresh(&copy.engine, &self.groups, &mut copy.stale),
+            None => self.refresh(),
+        }
         Ok(Box::new(TransformerDecoder::new(self, slots, capacity)?))
     }
 }
 
+#[cfg(test)]
+mod format_tests;
 #[cfg(test)]
 mod tests;

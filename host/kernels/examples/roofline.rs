@@ -1,18 +1,18 @@
-//! Achieved GF/s and GB/s of each kernel beside the machine's peaks, measured in the same second.
+//! Achieved GF/s and GB/s of each kernel beside the machine's peaks, measured in the same minute.
 //!
-//! `cargo run --release -p cosmos-kernels --example roofline -- [threads]`; `COSMOS_ISA` picks an instruction set.
+//! `cargo run --release -p cosmos-kernels --example roofline -- [PART OF A NAME]`; `COSMOS_ISA` picks an instruction set
+//! and `RAYON_NUM_THREADS` the threads.
+
+mod cases;
 
 use std::hint::black_box;
 use std::time::Instant;
 
-use cosmos_kernels::attention::{self, Heads};
-use cosmos_kernels::gemm::{Left, Packed, Right, Shape, gemm};
-use cosmos_kernels::page::{PAGE_TOKENS, Page, attend};
-use cosmos_kernels::{Isa, rows, threads};
+use cosmos_kernels::{Isa, threads};
 
 /// Best seconds of several runs. On one thread, where the system tells it, the time that the thread was running: on a
 /// busy machine the clock tells nothing.
-fn best(mut work: impl FnMut()) -> f64 {
+fn best(work: &mut dyn FnMut()) -> f64 {
     work();
     let alone = rayon::current_num_threads() == 1;
     (0..9)
@@ -35,167 +35,157 @@ fn thread_seconds() -> Option<f64> {
     text.split(' ').next()?.parse::<f64>().ok().map(|ns| ns / 1e9)
 }
 
-fn numbers(len: usize) -> Vec<f32> {
-    (0..len).map(|i| ((i * 7919) % 1013) as f32 / 1013.0 - 0.5).collect()
+/// Vectors that are multiplied and added to side by side: enough to fill two pipelines of any depth so far.
+const VECTORS: usize = 12;
+
+/// Fused multiply-adds on registers alone, and how many operations they were.
+fn fused(isa: Isa, repeats: usize) -> usize {
+    let lanes = match isa.name() {
+        #[cfg(target_arch = "x86_64")]
+        "avx512" => {
+            // SAFETY: an `Isa` of this name is made only where the processor has AVX-512.
+            #[allow(unsafe_code)]
+            unsafe {
+                fused_avx512(repeats)
+            };
+            16
+        }
+        #[cfg(target_arch = "x86_64")]
+        "avx2" => {
+            // SAFETY: an `Isa` of this name is made only where the processor has AVX2 and FMA.
+            #[allow(unsafe_code)]
+            unsafe {
+                fused_avx2(repeats)
+            };
+            8
+        }
+        #[cfg(target_arch = "aarch64")]
+        "neon" => {
+            // SAFETY: an `Isa` of this name is made only where the processor has NEON.
+            #[allow(unsafe_code)]
+            unsafe {
+                fused_neon(repeats)
+            };
+            4
+        }
+        _ => {
+            multiplied_and_added(repeats);
+            4
+        }
+    };
+    2 * lanes * VECTORS * repeats
 }
 
-struct Report {
-    isa: Isa,
-    flops_peak: f64,
-    bytes_peak: f64,
-}
-
-impl Report {
-    /// Prints a kernel's speed; flops and bytes are those that the work needs at least.
-    fn line(&self, name: &str, flops: f64, bytes: f64, work: impl FnMut()) {
-        let seconds = best(work);
-        println!(
-            "{name:<42}{:>10.3}{:>9.1}{:>7.0}{:>9.1}{:>7.0}",
-            seconds * 1e3,
-            flops / seconds / 1e9,
-            100.0 * flops / seconds / self.flops_peak,
-            bytes / seconds / 1e9,
-            100.0 * bytes / seconds / self.bytes_peak
-        );
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn fused_avx512(repeats: usize) {
+    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_set1_ps};
+    let (factor, term) = (_mm512_set1_ps(black_box(0.5)), _mm512_set1_ps(black_box(1.0)));
+    let mut sums = [term; VECTORS];
+    for _ in 0..repeats {
+        for sum in &mut sums {
+            *sum = _mm512_fmadd_ps(*sum, factor, term);
+        }
     }
+    black_box(sums);
 }
 
-/// A product whose panels stay in the second cache: the best that this code reaches, not what the processor could.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn fused_avx2(repeats: usize) {
+    use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_set1_ps};
+    let (factor, term) = (_mm256_set1_ps(black_box(0.5)), _mm256_set1_ps(black_box(1.0)));
+    let mut sums = [term; VECTORS];
+    for _ in 0..repeats {
+        for sum in &mut sums {
+            *sum = _mm256_fmadd_ps(*sum, factor, term);
+        }
+    }
+    black_box(sums);
+}
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+fn fused_neon(repeats: usize) {
+    use std::arch::aarch64::{vdupq_n_f32, vfmaq_f32};
+    let (factor, term) = (vdupq_n_f32(black_box(0.5)), vdupq_n_f32(black_box(1.0)));
+    let mut sums = [term; VECTORS];
+    for _ in 0..repeats {
+        for sum in &mut sums {
+            *sum = vfmaq_f32(term, *sum, factor);
+        }
+    }
+    black_box(sums);
+}
+
+/// What plain Rust may do: four numbers at a time by the compiler's own choice, nothing fused.
+fn multiplied_and_added(repeats: usize) {
+    let (factor, term) = (black_box(0.5f32), black_box(1.0f32));
+    let mut sums = [[term; 4]; VECTORS];
+    for _ in 0..repeats {
+        for sum in &mut sums {
+            for x in sum {
+                *x = *x * factor + term;
+            }
+        }
+    }
+    black_box(sums);
+}
+
+/// What the arithmetic units do when nothing has to be fetched.
 fn flops_peak(isa: Isa) -> f64 {
-    let (m, n, k) = (120, 512, 256);
-    let (a, w) = (numbers(m * k), numbers(n * k));
-    let packed = Packed::transposed(isa, &w, n, k);
-    let count = rayon::current_num_threads();
-    let repeats = 60;
-    let seconds = best(|| {
+    let (count, repeats) = (rayon::current_num_threads(), 4_000_000);
+    let seconds = best(&mut || {
         threads::each(count, true, |_| {
-            threads::serial(|| {
-                let mut out = vec![0.0; m * n];
-                for _ in 0..repeats {
-                    gemm(isa, Shape { m, n, k }, Left::Rows(&a, k), Right::Packed(&packed), &mut out, n, false);
-                }
-                black_box(&out);
-            });
+            black_box(fused(isa, repeats));
         });
     });
-    (2 * m * n * k * repeats * count) as f64 / seconds
+    (fused(isa, repeats) * count) as f64 / seconds
 }
 
-/// Sums over more than any cache holds.
-fn bytes_peak() -> f64 {
-    let values = vec![1.0f32; 64 << 20];
-    let mut parts = vec![0.0f32; 64];
+/// Bytes a second of sums over `len` numbers, read `rounds` times.
+fn bytes_peak(len: usize, rounds: usize) -> f64 {
+    let values = vec![1.0f32; len];
+    let mut parts = vec![0.0f32; rayon::current_num_threads()];
     let part = values.len() / parts.len();
-    let seconds = best(|| {
+    let seconds = best(&mut || {
         threads::each_part(&mut parts, 1, true, |index, to| {
-            let mut sums = [0.0f32; 64];
-            for chunk in values[index * part..(index + 1) * part].as_chunks::<64>().0 {
-                for (sum, x) in sums.iter_mut().zip(chunk) {
-                    *sum += x;
+            for _ in 0..rounds {
+                let mut sums = [0.0f32; 64];
+                for chunk in black_box(&values[index * part..(index + 1) * part]).as_chunks::<64>().0 {
+                    for (sum, x) in sums.iter_mut().zip(chunk) {
+                        *sum += x;
+                    }
                 }
+                to[0] = sums.iter().sum();
             }
-            to[0] = sums.iter().sum();
         });
         black_box(&parts);
     });
-    4.0 * values.len() as f64 / seconds
+    (4 * values.len() * rounds) as f64 / seconds
 }
 
 fn main() {
+    let wanted = std::env::args().nth(1).unwrap_or_default();
     let isa = Isa::best();
-    let report = Report { isa, flops_peak: flops_peak(isa), bytes_peak: bytes_peak() };
+    let (flops_peak, memory_peak) = (flops_peak(isa), bytes_peak(64 << 20, 1));
     println!(
-        "{}, {} threads; best product {:.1} GF/s in cache, {:.1} GB/s from memory",
+        "{}, {} threads; peaks: {:.1} GF/s, {:.1} GB/s from memory, {:.1} GB/s from the second cache",
         isa.name(),
         rayon::current_num_threads(),
-        report.flops_peak / 1e9,
-        report.bytes_peak / 1e9
+        flops_peak / 1e9,
+        memory_peak / 1e9,
+        bytes_peak(rayon::current_num_threads() << 16, 256) / 1e9
     );
-    println!("{:<42}{:>10}{:>9}{:>7}{:>9}{:>7}", "kernel", "ms", "GF/s", "%", "GB/s", "%");
-    products(&report);
-    others(&report);
-}
-
-fn products(report: &Report) {
-    let isa = report.isa;
-    for (m, n, k) in [
-        (1, 768, 256),
-        (1, 4096, 256),
-        (1, 4864, 896),
-        (1, 32768, 896),
-        (4, 4864, 896),
-        (32, 1536, 256),
-        (32, 4096, 256),
-        (128, 1536, 256),
-        (512, 1536, 256),
-        (512, 256, 768),
-        (512, 9728, 896),
-        (512, 4096, 256),
-    ] {
-        let (a, w) = (numbers(m * k), numbers(n * k));
-        let packed = Packed::transposed(isa, &w, n, k);
-        let mut out = vec![0.0; m * n];
-        let flops = (2 * m * n * k) as f64;
-        let bytes = (4 * (n * k + m * k + m * n)) as f64;
-        let shape = Shape { m, n, k };
-        report.line(&format!("x·Wᵀ packed {m}×{n}×{k}"), flops, bytes, || {
-            gemm(isa, shape, Left::Rows(&a, k), Right::Packed(&packed), &mut out, n, false);
-        });
-        if m < 128 {
-            continue;
-        }
-        let mut dx = vec![0.0; m * k];
-        report.line(&format!("dy·W {m}×{k}×{n}"), flops, bytes, || {
-            gemm(isa, Shape { m, n: k, k: n }, Left::Rows(&out, n), Right::Rows(&w, k), &mut dx, k, false);
-        });
-        let mut dw = vec![0.0; n * k];
-        report.line(&format!("dyᵀ·x {n}×{k}×{m}"), flops, bytes, || {
-            gemm(isa, Shape { m: n, n: k, k: m }, Left::Columns(&out, n), Right::Rows(&a, k), &mut dw, k, true);
-        });
+    println!("Percentages are of the arithmetic peak and of memory's: what stays in a cache may pass 100.\n");
+    println!("| kernel | µs | GF/s | of peak | GB/s | of memory |\n|---|--:|--:|--:|--:|--:|");
+    for case in cases::all().iter().filter(|case| case.name.contains(&wanted)) {
+        let seconds = best(&mut (case.prepare)(isa));
+        let rate = |amount: f64, peak: f64| match amount {
+            0.0 => "– | –".to_owned(),
+            _ => format!("{:.1} | {:.0} %", amount / seconds / 1e9, 100.0 * amount / seconds / peak),
+        };
+        let (flops, bytes) = (rate(case.flops, flops_peak), rate(case.bytes, memory_peak));
+        println!("| {} | {:.1} | {flops} | {bytes} |", case.name, seconds * 1e6);
     }
-}
-
-fn others(report: &Report) {
-    let isa = report.isa;
-    let (rows_count, h, f) = (512, 256, 768);
-    let (x, w) = (numbers(rows_count * h), numbers(h));
-    let mut y = vec![0.0; rows_count * h];
-    report.line("RMSNorm 512×256", 4.0 * (rows_count * h) as f64, 8.0 * (rows_count * h) as f64, || {
-        rows::rms_norm(isa, &x, h, 1, &w, 1e-6, &mut y, h);
-    });
-    let gate_up = numbers(rows_count * 2 * f);
-    let mut out = vec![0.0; rows_count * f];
-    let numbers_out = (rows_count * f) as f64;
-    report.line("SwiGLU 512×768", 24.0 * numbers_out, 12.0 * numbers_out, || {
-        rows::swiglu(isa, &gate_up, f, &mut out);
-    });
-    let mut dgate_up = vec![0.0; rows_count * 2 * f];
-    report.line("SwiGLU backward 512×768", 30.0 * numbers_out, 24.0 * numbers_out, || {
-        rows::swiglu_vjp(isa, &gate_up, f, &mut out, &mut dgate_up);
-    });
-    let heads = Heads { heads: 4, kv_heads: 2, dim: 64 };
-    for (b, t) in [(16, 24), (2, 256), (1, 1024)] {
-        let qkv = numbers(b * t * heads.row());
-        let (mut out, mut sums) = (vec![0.0; b * t * heads.width()], vec![0.0; b * t * heads.heads]);
-        let flops = (2 * b * t * t * heads.width()) as f64;
-        let bytes = 4.0 * (qkv.len() + out.len()) as f64;
-        report.line(&format!("attention {b}×{t}"), flops, bytes, || {
-            attention::forward(isa, heads, b, t, &qkv, &mut out, &mut sums);
-        });
-        let mut dqkv = vec![0.0; qkv.len()];
-        let dout = out.clone();
-        report.line(&format!("attention backward {b}×{t}"), 2.5 * flops, 3.0 * bytes, || {
-            attention::backward(isa, heads, b, t, &qkv, &out, &sums, &dout, &mut dqkv);
-        });
-    }
-    let len = 256;
-    let pages: Vec<Page> = (0..len / PAGE_TOKENS).map(|_| Page::new(heads)).collect();
-    let pages: Vec<&Page> = pages.iter().collect();
-    let (query, mut out, mut scores) = (numbers(heads.width()), vec![0.0; heads.width()], Vec::new());
-    let flops = (4 * len * heads.width()) as f64;
-    report.line("one token over 256", flops * 100.0, (100 * pages.len() * Page::bytes(heads)) as f64, || {
-        for _ in 0..100 {
-            attend(isa, heads, &pages, len, &query, &mut scores, &mut out);
-        }
-    });
 }

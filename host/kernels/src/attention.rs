@@ -5,9 +5,10 @@
 //! the log of the sum, `ℓ = max + ln ∑ exp(s − max)`, is kept.
 //!
 //! Backward (Dao et al. 2022): from `p = exp(s − ℓ)`, computed again, and `do`:
-//! `dv = pᵀ·do`; `dp = do·vᵀ`; the softmax gives `ds = p ∘ (dp − ∑ⱼ p·dp)`, where `∑ⱼ p·dp = do·o` row by row, so that no
-//! second pass over the keys is needed; `dq = ds·k`; `dk = dsᵀ·q`. Keys and values gather from all query heads of their
-//! group, in the order of the heads and blocks.
+//! `dv = pᵀ·do`; `dp = do·vᵀ`; the softmax gives `ds = p ∘ (dp − ∑ⱼ p·dp)`; `dq = ds·k`; `dk = dsᵀ·q`. A whole row of p
+//! and dp is at hand, so the sum is taken from them and not as `do·o`, which equals it only up to rounding: a query that
+//! sees one key has a gradient of exactly zero. Keys and values gather from all query heads of their group, in the order of
+//! the heads and blocks.
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
@@ -227,24 +228,23 @@ fn scale<S: Simd>(_s: S, row: &mut [f32], by: f32) {
     }
 }
 
-/// The vector-Jacobian product of [`forward`]: from `out`, `log_sums` and `dout` to `dqkv`, which is overwritten.
+/// The vector-Jacobian product of [`forward`]: from `log_sums` and `dout` to `dqkv`, which is overwritten.
 pub fn backward(
     isa: Isa,
     heads: Heads,
     b: usize,
     t: usize,
     qkv: &[f32],
-    out: &[f32],
     log_sums: &[f32],
     dout: &[f32],
     dqkv: &mut [f32],
 ) {
-    check(heads, b, t, qkv.len(), out.len().min(dout.len()), log_sums.len());
+    check(heads, b, t, qkv.len(), dout.len(), log_sums.len());
     assert!(dqkv.len() >= b * t * heads.row());
     let dqkv = Out::of(dqkv);
     threads::each(b * heads.kv_heads, b * t * t * heads.width() > 1 << 17, |piece| {
         let (sequence, kv_head) = (piece / heads.kv_heads, piece % heads.kv_heads);
-        threads::serial(|| backward_head(isa, heads, t, sequence, kv_head, qkv, out, log_sums, dout, dqkv));
+        threads::serial(|| backward_head(isa, heads, t, sequence, kv_head, qkv, log_sums, dout, dqkv));
     });
 }
 
@@ -255,7 +255,6 @@ fn backward_head(
     sequence: usize,
     kv_head: usize,
     qkv: &[f32],
-    out: &[f32],
     log_sums: &[f32],
     dout: &[f32],
     dqkv: Out,
@@ -281,13 +280,13 @@ fn backward_head(
                 let seen = first + rows;
                 let token = sequence * t + first;
                 let queries = Left::Rows(&own[first * stride + head * dim..], stride);
-                let (douts, outs) = (&dout[token * width + head * dim..], &out[token * width + head * dim..]);
+                let douts = &dout[token * width + head * dim..];
                 let (p, ds) = (&mut scores[..rows * seen], &mut slopes[..rows * seen]);
                 let to_keys = Shape { m: rows, n: seen, k: dim };
                 gemm(isa, to_keys, queries, Right::Packed(keys_t), p, seen, false);
                 gemm(isa, to_keys, Left::Rows(douts, width), Right::Packed(values), ds, seen, false);
                 let sums = &log_sums[token * heads.heads + head..];
-                softmax_vjp(isa, p, ds, seen, first, sums, heads.heads, outs, douts, width, dim);
+                softmax_vjp(isa, p, ds, seen, first, sums, heads.heads);
                 let from_keys = Shape { m: rows, n: dim, k: seen };
                 gemm(isa, from_keys, Left::Rows(ds, seen), Right::Packed(keys), small, dim, false);
                 for (row, from) in small.chunks_exact(dim).take(rows).enumerate() {
@@ -312,11 +311,10 @@ fn backward_head(
 }
 
 dispatched! {
-    /// Scores become `p = exp(s − ℓ)` and `dp` becomes `ds = p ∘ (dp − do·o)`, row r for its first `first + r + 1` keys,
+    /// Scores become `p = exp(s − ℓ)` and `dp` becomes `ds = p ∘ (dp − ∑ p·dp)`, row r for its first `first + r + 1` keys,
     /// zeros beyond.
     fn softmax_vjp(
         p: &mut [f32], ds: &mut [f32], keys: usize, first: usize, log_sums: &[f32], sums_stride: usize,
-        out: &[f32], dout: &[f32], stride: usize, dim: usize,
     ) = softmax_vjp_body;
 }
 
@@ -329,15 +327,11 @@ fn softmax_vjp_body<S: Simd>(
     first: usize,
     log_sums: &[f32],
     sums_stride: usize,
-    out: &[f32],
-    dout: &[f32],
-    stride: usize,
-    dim: usize,
 ) {
     for (r, (p, ds)) in p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys)).enumerate() {
         let seen = first + r + 1;
-        let common = dot(s, &out[r * stride..][..dim], &dout[r * stride..][..dim]);
         exponentials(s, &mut p[..seen], log_sums[r * sums_stride]);
+        let common = dot(s, &p[..seen], &ds[..seen]);
         p[seen..].fill(0.0);
         for (ds, p) in ds.iter_mut().zip(p.iter()) {
             *ds = p * (*ds - common);
@@ -390,7 +384,7 @@ mod tests {
                 }
                 let dout = numbers(out.len(), 2);
                 let mut dqkv = vec![9.0; qkv.len()];
-                backward(isa, heads, b, t, &qkv, &out, &sums, &dout, &mut dqkv);
+                backward(isa, heads, b, t, &qkv, &sums, &dout, &mut dqkv);
                 let total =
                     |x: &[f64]| plain(heads, b, t, x).0.iter().zip(&dout).map(|(o, d)| o * f64::from(*d)).sum::<f64>();
                 for index in (0..qkv.len()).step_by(if qkv.len() > 500 { 97 } else { 1 }) {
@@ -407,6 +401,22 @@ mod tests {
     }
 
     #[test]
+    fn one_key_leaves_queries_and_keys_without_gradient() {
+        let heads = Heads { heads: 4, kv_heads: 2, dim: 19 };
+        for isa in Isa::available() {
+            let qkv = numbers(3 * heads.row(), 1);
+            let (mut out, mut sums) = (vec![0.0; 3 * heads.width()], vec![0.0; 3 * heads.heads]);
+            forward(isa, heads, 3, 1, &qkv, &mut out, &mut sums);
+            let (dout, mut dqkv) = (numbers(out.len(), 2), vec![9.0; qkv.len()]);
+            backward(isa, heads, 3, 1, &qkv, &sums, &dout, &mut dqkv);
+            for row in dqkv.chunks_exact(heads.row()) {
+                assert!(row[..heads.value(0)].iter().all(|d| *d == 0.0), "{isa:?}: {row:?}");
+                assert!(row[heads.value(0)..].iter().all(|d| *d != 0.0), "{isa:?}: {row:?}");
+            }
+        }
+    }
+
+    #[test]
     fn threads_change_nothing() {
         let (heads, b, t) = (Heads { heads: 8, kv_heads: 4, dim: 32 }, 3, 130);
         let isa = Isa::best();
@@ -415,7 +425,7 @@ mod tests {
             let (mut out, mut sums) = (vec![0.0; b * t * heads.width()], vec![0.0; b * t * heads.heads]);
             forward(isa, heads, b, t, &qkv, &mut out, &mut sums);
             let mut dqkv = vec![0.0; qkv.len()];
-            backward(isa, heads, b, t, &qkv, &out, &sums, &out, &mut dqkv);
+            backward(isa, heads, b, t, &qkv, &sums, &out, &mut dqkv);
             (out, dqkv)
         };
         assert_eq!(run(), threads::serial(run));

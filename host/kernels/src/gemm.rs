@@ -23,6 +23,8 @@ pub const K_BLOCK: usize = 256;
 const ROW_BLOCK: usize = 120;
 /// Panels of B that are copied at a time when B is not in panels already.
 const PANEL_BLOCK: usize = 16;
+/// Numbers of the longest vector.
+const VECTOR_MAX: usize = 16;
 /// A micro-tile of few rows reads up to this many panels.
 const PANELS_MAX: usize = 4;
 /// A product cheaper than this many nanoseconds stays on its thread.
@@ -52,6 +54,8 @@ pub enum Right<'a> {
     Packed(&'a Packed),
     /// Rows of n numbers, `stride` apart.
     Rows(&'a [f32], usize),
+    /// Columns of k numbers, `stride` apart: a matrix of `n × k` read transposed, as weights are in `y = x · Wᵀ`.
+    Columns(&'a [f32], usize),
 }
 
 /// Sizes of a product.
@@ -78,6 +82,8 @@ pub(crate) struct Tile {
     /// Columns of C that exist here.
     columns: usize,
     add: bool,
+    /// What is wanted soon after this tile, asked for line by line while it runs.
+    next: *const f32,
 }
 
 /// # Safety
@@ -87,8 +93,17 @@ pub(crate) struct Tile {
 pub(crate) unsafe fn micro_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(s: S, tile: &Tile) {
     let width = 2 * S::LANES;
     let mut sums = [[s.splat(0.0); VECTORS]; ROWS];
-    let (mut a, mut b) = (tile.a, tile.b);
+    let (mut a, mut b, mut next) = (tile.a, tile.b, tile.next);
+    for i in 0..ROWS {
+        // C is read or written only at the end, and comes from memory: it is asked for now.
+        let c = tile.c.wrapping_add(i * tile.c_stride);
+        for j in 0..VECTORS {
+            s.prefetch(c.wrapping_add(j * S::LANES));
+        }
+    }
     for _ in 0..tile.k {
+        s.prefetch_far(next);
+        next = next.wrapping_add(S::LANES);
         let mut row = [s.splat(0.0); VECTORS];
         for (j, b_j) in row.iter_mut().enumerate() {
             // SAFETY: row `k` of panel j / 2 lies within what the caller promised.
@@ -104,28 +119,24 @@ pub(crate) unsafe fn micro_tile<S: Simd, const ROWS: usize, const VECTORS: usize
         // SAFETY: at most one past the end.
         (a, b) = unsafe { (a.add(ROWS), b.add(width)) };
     }
-    let whole = tile.columns >= VECTORS * S::LANES;
     for (i, sums) in sums.iter().enumerate() {
         // SAFETY: row i of C.
         let c = unsafe { tile.c.add(i * tile.c_stride) };
-        if whole {
-            for (j, sum) in sums.iter().enumerate() {
-                // SAFETY: all columns exist.
-                unsafe {
-                    let to = c.add(j * S::LANES);
-                    s.store(to, if tile.add { s.add(s.load(to), *sum) } else { *sum });
-                }
-            }
-        } else {
-            let mut spilt = [0.0f32; 128];
-            for (j, sum) in sums.iter().enumerate() {
-                s.put(&mut spilt[j * S::LANES..], *sum);
-            }
-            for (j, sum) in spilt[..tile.columns.min(VECTORS * S::LANES)].iter().enumerate() {
-                // SAFETY: the first `columns` columns exist.
-                unsafe {
-                    let to = c.add(j);
-                    *to = if tile.add { *to + sum } else { *sum };
+        for (j, sum) in sums.iter().enumerate() {
+            let columns = tile.columns.saturating_sub(j * S::LANES);
+            let to = c.wrapping_add(j * S::LANES);
+            if columns >= S::LANES {
+                // SAFETY: all columns of this vector exist.
+                unsafe { s.store(to, if tile.add { s.add(s.load(to), *sum) } else { *sum }) };
+            } else {
+                let mut spilt = [0.0f32; 16];
+                s.put(&mut spilt, *sum);
+                for (at, sum) in spilt[..columns].iter().enumerate() {
+                    // SAFETY: the first `columns` of this vector exist.
+                    unsafe {
+                        let to = to.add(at);
+                        *to = if tile.add { *to + sum } else { *sum };
+                    }
                 }
             }
         }
@@ -175,7 +186,7 @@ impl Packed {
         threads::each_part(&mut self.data, (k * width).max(1), n * k > 1 << 16, |panel, to| {
             let first = panel * width;
             if first < n {
-                transpose_into(&rows[first * stride..], stride, width.min(n - first), k, to, width);
+                transpose(isa, &rows[first * stride..], stride, width.min(n - first), k, to, width);
             }
         });
     }
@@ -205,46 +216,43 @@ impl Packed {
     }
 }
 
-/// `to[p · width + i] = rows[i · stride + p]` for the first `count` rows of `k` numbers, zeros beyond.
-fn transpose_into(rows: &[f32], stride: usize, count: usize, k: usize, to: &mut [f32], width: usize) {
-    const PART: usize = 32;
-    for start in (0..k).step_by(PART) {
-        let len = PART.min(k - start);
-        let to = &mut to[start * width..(start + len) * width];
-        let mut i = 0;
-        while i + 4 <= count {
-            let from: [&[f32]; 4] = std::array::from_fn(|j| &rows[(i + j) * stride + start..][..len]);
-            transpose_four(from, &mut to[i..], width);
-            i += 4;
-        }
-        for i in i..count {
-            let from = &rows[i * stride + start..][..len];
-            for (to, x) in to[i..].iter_mut().step_by(width).zip(from) {
-                *to = *x;
-            }
-        }
-        for i in count..width {
-            to[i..].iter_mut().step_by(width).for_each(|to| *to = 0.0);
-        }
-    }
+dispatched! {
+    fn transpose(rows: &[f32], stride: usize, count: usize, k: usize, to: &mut [f32], width: usize) = transpose_into;
 }
 
-/// Four rows of equal length become columns, `width` apart: four by four numbers at a time, in registers.
-fn transpose_four(rows: [&[f32]; 4], to: &mut [f32], width: usize) {
-    let len = rows[0].len();
+/// `to[p · width + i] = rows[i · stride + p]` for the first `count` rows of `k` numbers, zeros beyond. Where `width` is less
+/// than a vector, what follows in `to` may be overwritten.
+#[inline(always)]
+pub(crate) fn transpose_into<S: Simd>(
+    s: S,
+    rows: &[f32],
+    stride: usize,
+    count: usize,
+    k: usize,
+    to: &mut [f32],
+    width: usize,
+) {
+    let whole = width.is_multiple_of(S::LANES);
     let mut p = 0;
-    while p + 4 <= len {
-        let block: [[f32; 4]; 4] = rows.map(|row| *row[p..].first_chunk().unwrap_or(&[0.0; 4]));
-        for q in 0..4 {
-            if let Some(to) = to[(p + q) * width..].first_chunk_mut() {
-                *to = [block[0][q], block[1][q], block[2][q], block[3][q]];
+    // A vector that ends beyond its column is mended by the column after it, which comes later.
+    while (whole || width < S::LANES) && p + S::LANES <= k && (p + S::LANES - 1) * width + S::LANES <= to.len() {
+        let mut i = 0;
+        while i < width {
+            let mut block = [s.splat(0.0); 16];
+            for (j, row) in block[..S::LANES.min(count.saturating_sub(i))].iter_mut().enumerate() {
+                *row = s.get(&rows[(i + j) * stride + p..]);
             }
+            s.transpose(&mut block[..S::LANES]);
+            for (q, column) in block[..S::LANES].iter().enumerate() {
+                s.put(&mut to[(p + q) * width + i..], *column);
+            }
+            i += S::LANES;
         }
-        p += 4;
+        p += S::LANES;
     }
-    for p in p..len {
-        for (j, row) in rows.iter().enumerate() {
-            to[p * width + j] = row[p];
+    for p in p..k {
+        for i in 0..width {
+            to[p * width + i] = if i < count { rows[i * stride + p] } else { 0.0 };
         }
     }
 }
@@ -314,6 +322,7 @@ pub fn gemm(isa: Isa, shape: Shape, left: Left<'_>, right: Right<'_>, out: &mut 
     match right {
         Right::Packed(packed) => assert!(packed.k >= k && packed.n >= n, "B is too short"),
         Right::Rows(data, stride) => assert!(stride >= n && data.len() >= (k - 1) * stride + n, "B is too short"),
+        Right::Columns(data, stride) => assert!(stride >= k && data.len() >= (n - 1) * stride + k, "B is too short"),
     }
     let job = Job { shape, left, right, out: Out(out.as_mut_ptr()), out_stride, add };
     let (row_parts, column_parts) = cut(isa, &job);
@@ -348,9 +357,11 @@ fn cut(isa: Isa, job: &Job<'_>) -> (usize, usize) {
             let rows = row_blocks.min(wanted);
             (rows, wanted.div_ceil(rows).min(panels))
         }
-        Right::Rows(..) => {
-            let columns = panels.min(wanted);
-            (wanted.div_ceil(columns).min(row_blocks), columns)
+        // A's rows are copied for each part of the columns, and each block of panels; B for each part of the rows.
+        Right::Rows(..) | Right::Columns(..) => {
+            let blocks = panels.div_ceil(PANEL_BLOCK / PANELS_MAX);
+            let cuts = (1..=row_blocks.min(wanted)).map(|rows| (rows, wanted.div_ceil(rows).min(panels)));
+            cuts.min_by_key(|(rows, columns)| m * blocks.max(*columns) + n * rows).unwrap_or((1, 1))
         }
     }
 }
@@ -364,8 +375,8 @@ thread_local! {
 /// writes to these rows and panels.
 fn piece(isa: Isa, job: Job<'_>, rows: Range<usize>, panels: Range<usize>) {
     COPIES.with_borrow_mut(|(a, b)| {
-        a.resize(ROW_BLOCK * K_BLOCK, 0.0);
-        if matches!(job.right, Right::Rows(..)) {
+        a.resize(ROW_BLOCK * K_BLOCK + VECTOR_MAX, 0.0);
+        if !matches!(job.right, Right::Packed(_)) {
             b.resize((PANEL_BLOCK + PANELS_MAX) * K_BLOCK * panel_width(isa), 0.0);
         }
         piece_with(isa, job, rows, panels, a, b);
@@ -391,7 +402,8 @@ fn piece_body<S: Simd>(s: S, job: Job<'_>, rows: Range<usize>, panels: Range<usi
                 first += K_BLOCK;
             }
         }
-        Right::Rows(data, data_stride) => {
+        Right::Rows(data, data_stride) | Right::Columns(data, data_stride) => {
+            let columns = matches!(job.right, Right::Columns(..));
             let stride = K_BLOCK * width;
             let mut first_panel = panels.start;
             while first_panel < panels.end {
@@ -401,9 +413,21 @@ fn piece_body<S: Simd>(s: S, job: Job<'_>, rows: Range<usize>, panels: Range<usi
                     let depth = first..k.min(first + K_BLOCK);
                     for panel in panels.clone() {
                         let column = panel * width;
-                        let from = &data[first * data_stride + column..];
+                        let count = width.min(job.shape.n - column);
                         let to = &mut b[(panel - panels.start) * stride..];
-                        copy_panel(from, data_stride, width.min(job.shape.n - column), depth.len(), to, width);
+                        if columns {
+                            let from = &data[column * data_stride + first..];
+                            transpose_into(s, from, data_stride, count, depth.len(), to, width);
+                        } else {
+                            copy_panel(
+                                &data[first * data_stride + column..],
+                                data_stride,
+                                count,
+                                depth.len(),
+                                to,
+                                width,
+                            );
+                        }
                     }
                     pass(s, &job, rows.clone(), panels.clone(), depth, a, b, stride);
                     first += K_BLOCK;
@@ -429,12 +453,13 @@ fn pass<S: Simd>(
     let (width, k) = (2 * S::LANES, depth.len());
     for block in rows.clone().step_by(ROW_BLOCK) {
         let block = block..rows.end.min(block + ROW_BLOCK);
-        copy_rows::<S>(job.left, block.clone(), depth.clone(), a);
+        copy_rows(s, job.left, block.clone(), depth.clone(), a);
         let group = group_rows::<S>(block.len());
         let taken = s.panels(block.len());
         for panel in panels.clone().step_by(taken) {
             let column = panel * width;
-            for row in block.clone().step_by(group) {
+            let next_panel = b.as_ptr().wrapping_add((panel + taken - panels.start) * stride);
+            for (index, row) in block.clone().step_by(group).enumerate() {
                 let count = group.min(block.end - row);
                 let tile = Tile {
                     a: a[(row - block.start) * k..].as_ptr(),
@@ -447,6 +472,8 @@ fn pass<S: Simd>(
                     c_stride: job.out_stride,
                     columns: (job.shape.n - column).min(taken * width),
                     add: job.add || depth.start > 0,
+                    // The first two tiles of a panel ask for a half of the next one each.
+                    next: if index < 2 { next_panel.wrapping_add(index * k * S::LANES) } else { a.as_ptr() },
                 };
                 // SAFETY: `a` holds `count` rows of this block. The panels are there: parts are whole groups of panels,
                 // and so are packed matrices and the copies. C was checked, and no other part has these rows and panels.
@@ -462,20 +489,21 @@ fn group_rows<S: Simd>(rows: usize) -> usize {
     rows.div_ceil(rows.div_ceil(S::ROWS))
 }
 
-/// Copies rows of A as `[row group][k][rows of the group]`.
+/// Copies rows of A as `[row group][k][rows of the group]`; what follows in `to` may be overwritten.
 #[inline(always)]
-fn copy_rows<S: Simd>(left: Left<'_>, rows: Range<usize>, depth: Range<usize>, to: &mut [f32]) {
+fn copy_rows<S: Simd>(s: S, left: Left<'_>, rows: Range<usize>, depth: Range<usize>, to: &mut [f32]) {
     let k = depth.len();
     let group = group_rows::<S>(rows.len());
     for first in rows.clone().step_by(group) {
         let count = group.min(rows.end - first);
-        let to = &mut to[(first - rows.start) * k..][..count * k];
+        let to = &mut to[(first - rows.start) * k..];
         match left {
             Left::Rows(data, stride) => {
-                transpose_into(&data[first * stride + depth.start..], stride, count, k, to, count);
+                transpose_into(s, &data[first * stride + depth.start..], stride, count, k, to, count);
             }
             Left::Columns(data, stride) => {
                 let from = &data[depth.start * stride + first..];
+                let to = &mut to[..count * k];
                 match count {
                     12 => copy_columns::<12>(from, stride, to),
                     6 => copy_columns::<6>(from, stride, to),
@@ -503,7 +531,7 @@ mod tests {
     use super::*;
     use crate::reference::{numbers, product};
 
-    fn check(isa: Isa, shape: Shape, transposed: bool, panels: bool, add: bool) {
+    fn check(isa: Isa, shape: Shape, transposed: bool, b_form: usize, add: bool) {
         let Shape { m, n, k } = shape;
         let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
         let start = if add { numbers(m * n, 3) } else { vec![7.0; m * n] };
@@ -515,7 +543,7 @@ mod tests {
         let left = if transposed { Left::Columns(&turned, m) } else { Left::Rows(&a, k) };
         let b_t: Vec<f32> = (0..n * k).map(|i| b[i % k * n + i / k]).collect();
         let packed = Packed::transposed(isa, &b_t, n, k);
-        let right = if panels { Right::Packed(&packed) } else { Right::Rows(&b, n) };
+        let right = [Right::Packed(&packed), Right::Rows(&b, n), Right::Columns(&b_t, k)][b_form];
         let mut found = start;
         gemm(isa, shape, left, right, &mut found, n, add);
         for (index, (f, e)) in found.iter().zip(&expected).enumerate() {
@@ -529,13 +557,13 @@ mod tests {
         for isa in Isa::available() {
             for m in [1, 2, 3, 4, 5, 7, 11, 12, 13, 25, 121, 131] {
                 for (n, k) in [(1, 1), (5, 3), (33, 17), (64, 256), (97, 300), (257, 70)] {
-                    for flags in 0..8 {
-                        check(isa, Shape { m, n, k }, flags & 1 > 0, flags & 2 > 0, flags & 4 > 0);
+                    for (flags, b_form) in (0..4).flat_map(|flags| (0..3).map(move |form| (flags, form))) {
+                        check(isa, Shape { m, n, k }, flags & 1 > 0, b_form, flags & 2 > 0);
                     }
                 }
             }
-            check(isa, Shape { m: 300, n: 700, k: 600 }, false, true, false);
-            check(isa, Shape { m: 300, n: 700, k: 600 }, true, false, true);
+            check(isa, Shape { m: 300, n: 700, k: 600 }, false, 0, false);
+            check(isa, Shape { m: 300, n: 700, k: 600 }, true, 1, true);
         }
     }
 
@@ -560,6 +588,7 @@ mod tests {
             assert_eq!(alone, together);
             let b: Vec<f32> = (0..n * k).map(|i| w[i % n * k + i / n]).collect();
             assert_eq!(run(0..rows, Right::Rows(&b, n)), together);
+            assert_eq!(run(0..rows, Right::Columns(&w, k)), together);
         }
     }
 

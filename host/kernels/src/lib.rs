@@ -8,6 +8,7 @@
 pub mod attention;
 pub mod gemm;
 pub mod isa;
+pub mod narrow;
 pub mod page;
 pub mod rows;
 mod simd;

@@ -11,6 +11,9 @@ use crate::simd::{Simd, dispatched};
 /// Tokens of a page: two of the widest vectors.
 pub const PAGE_TOKENS: usize = 32;
 
+/// Heads of one key-value head that are computed side by side, so that what is loaded serves them all.
+const HEADS_TOGETHER: usize = 2;
+
 /// Keys `[kv head][dim][token]` and values `[kv head][token][dim]` of up to [`PAGE_TOKENS`] tokens.
 #[derive(Debug, Clone)]
 pub struct Page {
@@ -48,7 +51,7 @@ impl Page {
 }
 
 /// One token's queries (already scaled) over the first `len` cached tokens: `out` gets `[heads · dim]`. `scores` is
-/// scratch.
+/// scratch. `next` is a page that will be read after this call, if the caller knows one.
 ///
 /// # Panics
 /// When the pages hold fewer tokens, or a slice is too short.
@@ -60,15 +63,53 @@ pub fn attend(
     queries: &[f32],
     scores: &mut Vec<f32>,
     out: &mut [f32],
+    next: Option<&Page>,
 ) {
     assert!(len > 0 && pages.len() * PAGE_TOKENS >= len);
     let pages = &pages[..len.div_ceil(PAGE_TOKENS)];
-    scores.resize(heads.heads / heads.kv_heads * pages.len() * PAGE_TOKENS, 0.0);
-    attend_with(isa, heads, pages, len, queries, scores, out);
+    scores.resize(HEADS_TOGETHER * pages.len() * PAGE_TOKENS, 0.0);
+    attend_with(isa, heads, pages, len, queries, scores, out, next);
 }
 
 dispatched! {
-    fn attend_with(heads: Heads, pages: &[&Page], len: usize, queries: &[f32], scores: &mut [f32], out: &mut [f32]) = attend_body;
+    fn attend_with(
+        heads: Heads, pages: &[&Page], len: usize, queries: &[f32], scores: &mut [f32], out: &mut [f32], next: Option<&Page>,
+    ) = attend_body;
+}
+
+/// The cached tokens as one key-value head sees them.
+struct Seen<'a> {
+    pages: &'a [&'a Page],
+    len: usize,
+    dim: usize,
+    kv_head: usize,
+    /// What is read after this head's values.
+    after: Option<&'a [f32]>,
+}
+
+impl<'a> Seen<'a> {
+    /// `[dim][token]` of a page.
+    fn keys(&self, page: usize) -> &'a [f32] {
+        part(&self.pages[page].keys, self.kv_head, self.dim)
+    }
+
+    /// `[token][dim]` of a page.
+    fn values(&self, page: usize) -> &'a [f32] {
+        part(&self.pages[page].values, self.kv_head, self.dim)
+    }
+
+    fn after_keys(&self, page: usize) -> &'a [f32] {
+        if page + 1 < self.pages.len() { self.keys(page + 1) } else { self.values(0) }
+    }
+
+    fn after_values(&self, page: usize) -> Option<&'a [f32]> {
+        if page + 1 < self.pages.len() { Some(self.values(page + 1)) } else { self.after }
+    }
+}
+
+/// One head's numbers of a page's keys or values.
+fn part(numbers: &[f32], kv_head: usize, dim: usize) -> &[f32] {
+    &numbers[kv_head * dim * PAGE_TOKENS..][..dim * PAGE_TOKENS]
 }
 
 #[inline(always)]
@@ -80,105 +121,160 @@ fn attend_body<S: Simd>(
     queries: &[f32],
     scores: &mut [f32],
     out: &mut [f32],
+    next: Option<&Page>,
 ) {
     let (dim, group) = (heads.dim, heads.heads / heads.kv_heads);
-    let stride = pages.len() * PAGE_TOKENS;
     for kv_head in 0..heads.kv_heads {
-        let queries = &queries[kv_head * group * dim..][..group * dim];
-        for (index, page) in pages.iter().enumerate() {
-            let keys = &page.keys[kv_head * dim * PAGE_TOKENS..][..dim * PAGE_TOKENS];
-            for (g, query) in queries.chunks_exact(dim).enumerate() {
-                page_scores(s, keys, query, &mut scores[g * stride + index * PAGE_TOKENS..][..PAGE_TOKENS]);
-            }
+        let after = match next {
+            _ if kv_head + 1 < heads.kv_heads => Some(part(&pages[0].keys, kv_head + 1, dim)),
+            Some(page) => Some(part(&page.keys, 0, dim)),
+            None => None,
+        };
+        let seen = Seen { pages, len, dim, kv_head, after };
+        let own = kv_head * group * dim..(kv_head + 1) * group * dim;
+        let (queries, out) = (&queries[own.clone()], &mut out[own]);
+        let pairs = group / HEADS_TOGETHER * HEADS_TOGETHER * dim;
+        let step = HEADS_TOGETHER * dim;
+        for (queries, out) in queries[..pairs].chunks_exact(step).zip(out[..pairs].chunks_exact_mut(step)) {
+            attend_heads::<S, HEADS_TOGETHER>(s, &seen, queries, scores, out);
         }
-        let out = &mut out[kv_head * group * dim..][..group * dim];
-        for (scores, out) in scores.chunks_exact_mut(stride).zip(out.chunks_exact_mut(dim)) {
-            let seen = &mut scores[..len];
-            let max = largest(s, seen);
-            let sum = exponentials(s, seen, max);
-            mix(s, pages, kv_head, len, scores, 1.0 / sum, out);
+        for (queries, out) in queries[pairs..].chunks_exact(dim).zip(out[pairs..].chunks_exact_mut(dim)) {
+            attend_heads::<S, 1>(s, &seen, queries, scores, out);
         }
     }
 }
 
-/// `∑ query · key` for every token of a page.
+/// `HEADS` heads that read the same keys and values, each as if it were alone.
 #[inline(always)]
-fn page_scores<S: Simd>(s: S, keys: &[f32], query: &[f32], to: &mut [f32]) {
+fn attend_heads<S: Simd, const HEADS: usize>(
+    s: S,
+    seen: &Seen<'_>,
+    queries: &[f32],
+    scores: &mut [f32],
+    out: &mut [f32],
+) {
+    let stride = seen.pages.len() * PAGE_TOKENS;
+    for page in 0..seen.pages.len() {
+        page_scores::<S, HEADS>(s, seen, page, queries, &mut scores[page * PAGE_TOKENS..], stride);
+    }
+    let mut scales = [0.0; HEADS];
+    for (scale, scores) in scales.iter_mut().zip(scores.chunks_exact_mut(stride)) {
+        let scores = &mut scores[..seen.len];
+        let max = largest(s, scores);
+        *scale = 1.0 / exponentials(s, scores, max);
+    }
+    mix::<S, HEADS>(s, seen, scores, stride, &scales, out);
+}
+
+/// `∑ query · key` for every token of a page and every head; a head's scores are `stride` apart.
+#[inline(always)]
+fn page_scores<S: Simd, const HEADS: usize>(
+    s: S,
+    seen: &Seen<'_>,
+    page: usize,
+    queries: &[f32],
+    to: &mut [f32],
+    stride: usize,
+) {
+    let (dim, keys, after) = (seen.dim, seen.keys(page), seen.after_keys(page).as_ptr());
     // 32 tokens in steps of at most two vectors, each with two partial sums so that additions overlap.
     let step = (2 * S::LANES).min(PAGE_TOKENS);
     for first in (0..PAGE_TOKENS).step_by(step) {
-        let mut even = [s.splat(0.0); 2];
-        let mut odd = [s.splat(0.0); 2];
-        let mut pairs = query.chunks_exact(2);
+        let mut even = [[s.splat(0.0); 2]; HEADS];
+        let mut odd = [[s.splat(0.0); 2]; HEADS];
         let mut at = first;
-        for pair in &mut pairs {
-            let (x, y) = (s.splat(pair[0]), s.splat(pair[1]));
+        for d in (0..dim - dim % 2).step_by(2) {
             for j in 0..2 {
-                even[j] = s.fma(x, s.get(&keys[at + j * S::LANES..]), even[j]);
-                odd[j] = s.fma(y, s.get(&keys[at + PAGE_TOKENS + j * S::LANES..]), odd[j]);
+                let (low, high) = (at + j * S::LANES, at + PAGE_TOKENS + j * S::LANES);
+                let (x, y) = (s.get(&keys[low..]), s.get(&keys[high..]));
+                s.prefetch(after.wrapping_add(low));
+                s.prefetch(after.wrapping_add(high));
+                for h in 0..HEADS {
+                    even[h][j] = s.fma(s.splat(queries[h * dim + d]), x, even[h][j]);
+                    odd[h][j] = s.fma(s.splat(queries[h * dim + d + 1]), y, odd[h][j]);
+                }
             }
             at += 2 * PAGE_TOKENS;
         }
-        for x in pairs.remainder() {
+        if !dim.is_multiple_of(2) {
             for j in 0..2 {
-                even[j] = s.fma(s.splat(*x), s.get(&keys[at + j * S::LANES..]), even[j]);
+                let x = s.get(&keys[at + j * S::LANES..]);
+                for h in 0..HEADS {
+                    even[h][j] = s.fma(s.splat(queries[h * dim + dim - 1]), x, even[h][j]);
+                }
             }
         }
-        for j in 0..2 {
-            s.put(&mut to[first + j * S::LANES..], s.add(even[j], odd[j]));
+        for h in 0..HEADS {
+            for j in 0..2 {
+                s.put(&mut to[h * stride + first + j * S::LANES..], s.add(even[h][j], odd[h][j]));
+            }
         }
     }
 }
 
-/// `out = by · ∑ weight · value` over the first `len` tokens.
+/// `out = scale · ∑ weight · value` over the tokens, for each head.
 #[inline(always)]
-fn mix<S: Simd>(s: S, pages: &[&Page], kv_head: usize, len: usize, weights: &[f32], by: f32, out: &mut [f32]) {
+fn mix<S: Simd, const HEADS: usize>(
+    s: S,
+    seen: &Seen<'_>,
+    weights: &[f32],
+    stride: usize,
+    scales: &[f32; HEADS],
+    out: &mut [f32],
+) {
     const VECTORS: usize = 4;
-    let dim = out.len();
+    let dim = seen.dim;
     let mut first = 0;
     while first + VECTORS * S::LANES <= dim {
-        let sums = mixed::<S, VECTORS>(s, pages, kv_head, dim, first, len, weights);
-        for (j, sum) in sums.into_iter().enumerate() {
-            s.put(&mut out[first + j * S::LANES..], s.mul(sum, s.splat(by)));
-        }
+        mixed::<S, HEADS, VECTORS>(s, seen, first, weights, stride, scales, out);
         first += VECTORS * S::LANES;
     }
     while first + S::LANES <= dim {
-        let [sum] = mixed::<S, 1>(s, pages, kv_head, dim, first, len, weights);
-        s.put(&mut out[first..], s.mul(sum, s.splat(by)));
+        mixed::<S, HEADS, 1>(s, seen, first, weights, stride, scales, out);
         first += S::LANES;
     }
-    for (d, out) in out.iter_mut().enumerate().take(dim).skip(first) {
-        let mut sum = 0.0;
-        for (index, weight) in weights[..len].iter().enumerate() {
-            let row = kv_head * PAGE_TOKENS + index % PAGE_TOKENS;
-            sum += weight * pages[index / PAGE_TOKENS].values[row * dim + d];
+    for d in first..dim {
+        for (h, scale) in scales.iter().enumerate() {
+            let mut sum = 0.0;
+            for (index, weight) in weights[h * stride..][..seen.len].iter().enumerate() {
+                sum += weight * seen.values(index / PAGE_TOKENS)[index % PAGE_TOKENS * dim + d];
+            }
+            out[h * dim + d] = sum * scale;
         }
-        *out = sum * by;
     }
 }
 
+/// As [`mix`], for some vectors of every head from number `first`.
 #[inline(always)]
-fn mixed<S: Simd, const VECTORS: usize>(
+fn mixed<S: Simd, const HEADS: usize, const VECTORS: usize>(
     s: S,
-    pages: &[&Page],
-    kv_head: usize,
-    dim: usize,
+    seen: &Seen<'_>,
     first: usize,
-    len: usize,
     weights: &[f32],
-) -> [S::V; VECTORS] {
-    let mut sums = [s.splat(0.0); VECTORS];
-    for (page, weights) in pages.iter().zip(weights[..len].chunks(PAGE_TOKENS)) {
-        let values = &page.values[kv_head * PAGE_TOKENS * dim..][..PAGE_TOKENS * dim];
-        for (row, weight) in values.chunks_exact(dim).zip(weights) {
-            let weight = s.splat(*weight);
-            for (j, sum) in sums.iter_mut().enumerate() {
-                *sum = s.fma(weight, s.get(&row[first + j * S::LANES..]), *sum);
+    stride: usize,
+    scales: &[f32; HEADS],
+    out: &mut [f32],
+) {
+    let dim = seen.dim;
+    let mut sums = [[s.splat(0.0); VECTORS]; HEADS];
+    for page in 0..seen.pages.len() {
+        let tokens = page * PAGE_TOKENS..seen.len.min((page + 1) * PAGE_TOKENS);
+        let after = seen.after_values(page).map_or(std::ptr::null(), <[f32]>::as_ptr);
+        for (row, (token, values)) in tokens.zip(seen.values(page).chunks_exact(dim)).enumerate() {
+            for j in 0..VECTORS {
+                let value = s.get(&values[first + j * S::LANES..]);
+                s.prefetch(after.wrapping_add(row * dim + first + j * S::LANES));
+                for h in 0..HEADS {
+                    sums[h][j] = s.fma(s.splat(weights[h * stride + token]), value, sums[h][j]);
+                }
             }
         }
     }
-    sums
+    for (h, (sums, scale)) in sums.iter().zip(scales).enumerate() {
+        for (j, sum) in sums.iter().enumerate() {
+            s.put(&mut out[h * dim + first + j * S::LANES..], s.mul(*sum, s.splat(*scale)));
+        }
+    }
 }
 
 #[cfg(test)]
@@ -208,7 +304,7 @@ mod tests {
                     pages[token / PAGE_TOKENS].put(heads, token % PAGE_TOKENS, keys, values);
                     let seen: Vec<&Page> = pages.iter().collect();
                     let mut found = vec![0.0; width];
-                    attend(isa, heads, &seen, token + 1, queries, &mut scores, &mut found);
+                    attend(isa, heads, &seen, token + 1, queries, &mut scores, &mut found, pages.first());
                     for (f, e) in found.iter().zip(&out[token * width..]) {
                         assert!((f - e).abs() < 4e-6, "{isa:?} {heads:?} token {token}: {f} instead of {e}");
                     }

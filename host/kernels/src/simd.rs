@@ -26,6 +26,20 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `to` may be written for [`Simd::LANES`] numbers.
     unsafe fn store(self, to: *mut f32, v: Self::V);
+    /// Two vectors of bf16 numbers from [`Simd::LANES`] words, the first vector's in their low halves.
+    /// # Safety
+    /// `from` may be read for [`Simd::LANES`] words.
+    unsafe fn load_bf16(self, from: *const u32) -> [Self::V; 2];
+    /// Whole numbers of one byte.
+    /// # Safety
+    /// `from` may be read for [`Simd::LANES`] bytes.
+    unsafe fn load_i8(self, from: *const i8) -> Self::V;
+    /// Asks for the cache line of an address that will be read soon. It need not exist.
+    #[inline(always)]
+    fn prefetch(self, _at: *const f32) {}
+    /// As [`Simd::prefetch`], for later: into the second cache.
+    #[inline(always)]
+    fn prefetch_far(self, _at: *const f32) {}
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
@@ -44,6 +58,21 @@ pub(crate) trait Simd: Copy {
     fn sum(self, v: Self::V) -> f32;
     /// Largest lane.
     fn largest(self, v: Self::V) -> f32;
+    /// The transpose of [`Simd::LANES`] rows.
+    #[inline(always)]
+    fn transpose(self, rows: &mut [Self::V]) {
+        let mut grid = [[0.0; 16]; 16];
+        for (line, row) in grid.iter_mut().zip(&*rows) {
+            self.put(line, *row);
+        }
+        for (i, row) in rows.iter_mut().enumerate() {
+            let mut column = [0.0; 16];
+            for (x, line) in column.iter_mut().zip(&grid[..Self::LANES]) {
+                *x = line[i];
+            }
+            *row = self.get(&column);
+        }
+    }
 
     /// The product's micro-tile: `rows` (1 to [`Simd::ROWS`]) by `panels · 2` vectors; see [`crate::gemm`].
     /// # Safety
@@ -135,6 +164,17 @@ impl Simd for Scalar {
     unsafe fn store(self, to: *mut f32, v: [f32; 4]) {
         // SAFETY: the caller's promise.
         unsafe { to.cast::<[f32; 4]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u32) -> [[f32; 4]; 2] {
+        // SAFETY: the caller's promise.
+        let words = unsafe { from.cast::<[u32; 4]>().read_unaligned() };
+        [words.map(|w| f32::from_bits(w << 16)), words.map(|w| f32::from_bits(w & 0xffff_0000))]
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> [f32; 4] {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[i8; 4]>().read_unaligned() }.map(f32::from)
     }
     #[inline(always)]
     fn add(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
@@ -257,6 +297,26 @@ mod x86 {
             unsafe { _mm512_storeu_ps(to, v) }
         }
         #[inline(always)]
+        fn prefetch(self, at: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+        #[inline(always)]
+        fn prefetch_far(self, at: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(self, from: *const u32) -> [__m512; 2] {
+            unsafe {
+                let words = _mm512_loadu_si512(from.cast());
+                let high = _mm512_and_si512(words, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+                [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)), _mm512_castsi512_ps(high)]
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(self, from: *const i8) -> __m512 {
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+        }
+        #[inline(always)]
         fn add(self, a: __m512, b: __m512) -> __m512 {
             unsafe { _mm512_add_ps(a, b) }
         }
@@ -313,6 +373,38 @@ mod x86 {
             unsafe { _mm512_reduce_max_ps(v) }
         }
         #[inline(always)]
+        fn transpose(self, rows: &mut [__m512]) {
+            let Some(rows) = rows.first_chunk_mut::<16>() else { return };
+            unsafe {
+                // Four rows at a time: their quarter L becomes columns 4L to 4L + 3.
+                for four in rows.as_chunks_mut::<4>().0 {
+                    let pairs = [
+                        _mm512_castps_pd(_mm512_unpacklo_ps(four[0], four[1])),
+                        _mm512_castps_pd(_mm512_unpackhi_ps(four[0], four[1])),
+                        _mm512_castps_pd(_mm512_unpacklo_ps(four[2], four[3])),
+                        _mm512_castps_pd(_mm512_unpackhi_ps(four[2], four[3])),
+                    ];
+                    *four = [
+                        _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[2])),
+                        _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[2])),
+                        _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[1], pairs[3])),
+                        _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[1], pairs[3])),
+                    ];
+                }
+                // Then the quarters change places.
+                for c in 0..4 {
+                    let even = _mm512_shuffle_f32x4::<0x88>(rows[c], rows[4 + c]);
+                    let odd = _mm512_shuffle_f32x4::<0xdd>(rows[c], rows[4 + c]);
+                    let even_below = _mm512_shuffle_f32x4::<0x88>(rows[8 + c], rows[12 + c]);
+                    let odd_below = _mm512_shuffle_f32x4::<0xdd>(rows[8 + c], rows[12 + c]);
+                    rows[c] = _mm512_shuffle_f32x4::<0x88>(even, even_below);
+                    rows[4 + c] = _mm512_shuffle_f32x4::<0x88>(odd, odd_below);
+                    rows[8 + c] = _mm512_shuffle_f32x4::<0xdd>(even, even_below);
+                    rows[12 + c] = _mm512_shuffle_f32x4::<0xdd>(odd, odd_below);
+                }
+            }
+        }
+        #[inline(always)]
         unsafe fn micro(self, rows: usize, tile: &Tile) {
             unsafe {
                 match rows {
@@ -349,6 +441,26 @@ mod x86 {
         #[inline(always)]
         unsafe fn store(self, to: *mut f32, v: __m256) {
             unsafe { _mm256_storeu_ps(to, v) }
+        }
+        #[inline(always)]
+        fn prefetch(self, at: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+        #[inline(always)]
+        fn prefetch_far(self, at: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(self, from: *const u32) -> [__m256; 2] {
+            unsafe {
+                let words = _mm256_loadu_si256(from.cast());
+                let high = _mm256_and_si256(words, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+                [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)), _mm256_castsi256_ps(high)]
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(self, from: *const i8) -> __m256 {
+            unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
         }
         #[inline(always)]
         fn add(self, a: __m256, b: __m256) -> __m256 {
@@ -415,6 +527,33 @@ mod x86 {
             }
         }
         #[inline(always)]
+        fn transpose(self, rows: &mut [__m256]) {
+            let Some(rows) = rows.first_chunk_mut::<8>() else { return };
+            unsafe {
+                // Four rows at a time: their half L becomes columns 4L to 4L + 3.
+                for four in rows.as_chunks_mut::<4>().0 {
+                    let pairs = [
+                        _mm256_castps_pd(_mm256_unpacklo_ps(four[0], four[1])),
+                        _mm256_castps_pd(_mm256_unpackhi_ps(four[0], four[1])),
+                        _mm256_castps_pd(_mm256_unpacklo_ps(four[2], four[3])),
+                        _mm256_castps_pd(_mm256_unpackhi_ps(four[2], four[3])),
+                    ];
+                    *four = [
+                        _mm256_castpd_ps(_mm256_unpacklo_pd(pairs[0], pairs[2])),
+                        _mm256_castpd_ps(_mm256_unpackhi_pd(pairs[0], pairs[2])),
+                        _mm256_castpd_ps(_mm256_unpacklo_pd(pairs[1], pairs[3])),
+                        _mm256_castpd_ps(_mm256_unpackhi_pd(pairs[1], pairs[3])),
+                    ];
+                }
+                // Then the halves change places.
+                for c in 0..4 {
+                    let (above, below) = (rows[c], rows[4 + c]);
+                    rows[c] = _mm256_permute2f128_ps::<0x20>(above, below);
+                    rows[4 + c] = _mm256_permute2f128_ps::<0x31>(above, below);
+                }
+            }
+        }
+        #[inline(always)]
         unsafe fn micro(self, rows: usize, tile: &Tile) {
             unsafe {
                 match rows {
@@ -471,6 +610,22 @@ mod arm {
         #[inline(always)]
         unsafe fn store(self, to: *mut f32, v: float32x4_t) {
             unsafe { vst1q_f32(to, v) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(self, from: *const u32) -> [float32x4_t; 2] {
+            unsafe {
+                let words = vld1q_u32(from);
+                let high = vandq_u32(words, vdupq_n_u32(0xffff_0000));
+                [vreinterpretq_f32_u32(vshlq_n_u32::<16>(words)), vreinterpretq_f32_u32(high)]
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(self, from: *const i8) -> float32x4_t {
+            unsafe {
+                // Four bytes; a whole register's eight may not be there.
+                let bytes = vreinterpret_s8_u32(vdup_n_u32(from.cast::<u32>().read_unaligned()));
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))
+            }
         }
         #[inline(always)]
         fn add(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {

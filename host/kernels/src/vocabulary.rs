@@ -161,6 +161,22 @@ fn add_scaled_body<S: Simd>(_s: S, to: &mut [f32], from: &[f32], by: f32) {
     }
 }
 
+dispatched! {
+    /// Adds a distribution to a log-density: `out = ln(exp(out) + exp((z − max) + shift))`, where −∞ stands for nothing.
+    pub fn add_density(out: &mut [f32], z: &[f32], max: f32, shift: f32) = add_density_body;
+}
+
+#[inline(always)]
+fn add_density_body<S: Simd>(s: S, out: &mut [f32], z: &[f32], max: f32, shift: f32) {
+    let (one, max, shift) = (s.splat(1.0), s.splat(max), s.splat(shift));
+    for (out, z) in out.chunks_mut(S::LANES).zip(z.chunks(S::LANES)) {
+        let (a, b) = (some(s, out, f32::NEG_INFINITY), s.add(s.sub(some(s, z, f32::NEG_INFINITY), max), shift));
+        // ln(eᵃ + eᵇ) = high + ln(1 + exp(low − high)); two −∞ differ by NaN, whose exponential is 0.
+        let (high, low) = (s.max(a, b), s.min(a, b));
+        put_some(s, out, s.add(high, ln(s, s.add(one, exp(s, s.sub(low, high))))));
+    }
+}
+
 /// A divergence between two rows.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Divergence {
@@ -368,6 +384,34 @@ mod tests {
                     assert!((f64::from(*w) - expected).abs() < 3e-6 * expected.abs() + 1e-9, "{w} {expected}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn densities_add() {
+        for isa in Isa::available() {
+            for len in [1, 16, 37, 1030] {
+                let (mut out, z) = (row(len, 5), row(len, 6));
+                out[0] = f32::NEG_INFINITY;
+                if len > 16 {
+                    (out[3], out[17]) = (-300.0, f32::NEG_INFINITY);
+                }
+                let expected: Vec<f64> = out
+                    .iter()
+                    .zip(&z)
+                    .map(|(a, z)| {
+                        let (a, b) = (f64::from(*a), f64::from(*z) - 0.75);
+                        a.max(b) + (a.min(b) - a.max(b)).exp().ln_1p()
+                    })
+                    .collect();
+                add_density(isa, &mut out, &z, 1.25, 0.5);
+                for (found, expected) in out.iter().zip(&expected) {
+                    assert!((f64::from(*found) - expected).abs() < 1e-6, "{isa:?}: {found} instead of {expected}");
+                }
+            }
+            let mut nothing = [f32::NEG_INFINITY; 3];
+            add_density(isa, &mut nothing, &[f32::NEG_INFINITY; 3], 0.0, 1.0);
+            assert_eq!(nothing, [f32::NEG_INFINITY; 3]);
         }
     }
 

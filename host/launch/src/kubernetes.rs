@@ -210,7 +210,8 @@ mod tests {
     }
 
     fn made(options: &Options, ranks: usize) -> std::result::Result<String, String> {
-        let space = Space { gpus_per_node: 8, cores_per_node: 0, nodes: None, ports: Ports::default() };
+        let space =
+            Space { gpus_per_node: 8, cores_per_node: 0, ranks_per_node: 0, nodes: None, ports: Ports::default() };
         let placement = place(&[Demand::new(Role::Policy, 2, ranks)], &space).unwrap();
         let command = NodeCommand {
             config: CONFIG_INSIDE.into(),
@@ -219,6 +220,7 @@ mod tests {
             nodes: placement.nodes,
             gpus_per_node: 8,
             cores_per_node: 0,
+            ranks_per_node: 0,
             ports: Ports::default(),
             save_wait_s: 300,
             one_process: false,
@@ -248,6 +250,7 @@ mod tests {
     fn what_kubernetes_would_refuse_is_refused_here() {
         assert!(made(&Options { name: "Distil".into(), ..options() }, 8).unwrap_err().contains("no name"));
         assert!(made(&Options { envs: vec!["A".into()], ..options() }, 8).unwrap_err().contains("has no value"));
-        assert!(made(&options(), 16).unwrap_err().contains("not started yet"));
+        // A policy over two nodes is two processes, one in each pod.
+        assert!(made(&options(), 16).unwrap().contains("completions: 4"));
     }
 }

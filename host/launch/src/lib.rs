@@ -11,17 +11,17 @@ mod log_file;
 pub mod multi_node;
 mod parent;
 pub mod placement;
-mod places;
 mod process;
 pub mod slurm;
 mod stop;
 mod supervise;
 #[cfg(test)]
 mod tests;
+mod this_machine;
 mod yaml;
 
 pub use error::{LaunchError, Result};
 pub use parent::{LAUNCHED_VARIABLE, end_with_the_launcher};
-pub use places::{Counts, Machine, Place, Placement, placement};
 pub use process::RESTARTED_VARIABLE;
 pub use supervise::{BROKER_VARIABLE, LaunchOptions, Outcome, REDIS_FOLDER_VARIABLE, local};
+pub use this_machine::{LocalPlan, LocalProcess, Machine, local_plan, starts_redis};

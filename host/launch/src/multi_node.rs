@@ -21,7 +21,7 @@ pub use watch::{Ending, Limits, watch};
 pub use whereabouts::{SERVICE_VARIABLE, Whereabouts, addresses};
 
 use crate::error::{LaunchError, Result};
-use crate::placement::Placement;
+use crate::placement::{Placement, Role};
 
 /// What one node is given.
 #[derive(Debug)]
@@ -42,17 +42,17 @@ pub struct NodeOptions {
 
 /// Refuses what can be placed but not run.
 pub fn check_runnable(placement: &Placement) -> Result<()> {
-    match placement.replicas.iter().find(|r| r.parts.len() > 1) {
+    match placement.replicas.iter().find(|r| r.parts.len() > 1 && r.role == Role::Rollout) {
         None => Ok(()),
         Some(replica) => Err(LaunchError::usage(
             format!(
-                "`{}` has {} ranks on {} nodes of {} GPUs, and a replica over several nodes can be planned but not started yet",
+                "`{}` has {} ranks on {} nodes of {} GPUs, and a rollout is one process: only policies and teachers can have several",
                 replica.name,
                 replica.ranks,
                 replica.parts.len(),
                 placement.gpus_per_node
             ),
-            "make replicas fit a node by the sizes in `[policy|rollout|distillation.parallelism]`, and raise `n_init_replicas`",
+            "make it fit a node by the sizes in `[rollout.parallelism]`, and raise its `n_init_replicas`",
         )),
     }
 }
@@ -138,9 +138,4 @@ pub fn signals(save_file: Option<PathBuf>) -> Result<mpsc::Receiver<i32>> {
 /// Writes how a node ended into a file: the word for scripts, then the reason for people.
 pub fn write_ending(path: &Path, ending: &Ending) -> Result<()> {
     files::write_whole(path, format!("{ending}\n").as_bytes(), 0o644)
-}
-
-/// The folder of logs of an attempt, for people.
-pub fn logs_folder(run_folder: &Path, attempt: u32) -> PathBuf {
-    attempt_folder(run_folder, attempt).join("logs")
 }

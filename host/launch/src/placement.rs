@@ -11,7 +11,8 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
-pub use demand::{Counts, Demand, Role, demands, uses_gpus};
+pub use cosmos_controller::Role;
+pub use demand::{Counts, Demand, demands, uses_gpus};
 
 use crate::error::{LaunchError, Result};
 
@@ -29,6 +30,8 @@ pub struct Space {
     pub gpus_per_node: usize,
     /// Cores of one node; 0: unknown, then none are handed out.
     pub cores_per_node: usize,
+    /// On CPUs: ranks of one replica on a node at most, so that a larger one has a process on each of several; 0: no limit.
+    pub ranks_per_node: usize,
     /// Nodes at most; for a run on CPUs, nodes to spread over. None: as many as are needed, one on CPUs.
     pub nodes: Option<usize>,
     /// TCP ports.
@@ -108,8 +111,23 @@ pub struct Part {
     pub port: u16,
 }
 
+impl Replica {
+    /// Which of its parts this is, from 0.
+    pub fn place_of(&self, part: &Part) -> usize {
+        self.parts.iter().position(|own| own.first_rank == part.first_rank).unwrap_or(0)
+    }
+
+    /// What a part's process is called in logs: as the replica, the further ones with their number behind it.
+    pub fn process_name(&self, part: &Part) -> String {
+        match self.place_of(part) {
+            0 => self.name.clone(),
+            place => format!("{}.{place}", self.name),
+        }
+    }
+}
+
 impl Placement {
-    /// The replicas with a part on a node, and that part.
+    /// The replicas with a part on a node, and that part; several on one node follow each other.
     pub fn on_node(&self, node: usize) -> impl Iterator<Item = (&Replica, &Part)> {
         self.replicas.iter().flat_map(move |r| r.parts.iter().filter(move |p| p.node == node).map(move |p| (r, p)))
     }
@@ -130,7 +148,7 @@ impl Placement {
 pub fn place(demands: &[Demand], space: &Space) -> Result<Placement> {
     check(demands, space)?;
     let mut slots =
-        if space.gpus_per_node == 0 { on_cores(demands, space) } else { pack::pack(demands, space.gpus_per_node)? };
+        if space.gpus_per_node == 0 { on_cores(demands, space)? } else { pack::pack(demands, space.gpus_per_node)? };
     let nodes = number_nodes(&mut slots);
     if let Some(limit) = space.nodes.filter(|limit| nodes > *limit) {
         return Err(too_many_nodes(demands, space, nodes, limit));
@@ -201,22 +219,40 @@ fn cores_of(slot: &Slot, space: &Space, crowd: usize, seated: usize) -> usize {
 }
 
 /// Replicas in their order over the nodes, as evenly as can be.
-fn on_cores(demands: &[Demand], space: &Space) -> Vec<Slot> {
-    let total: usize = demands.iter().map(|d| d.replicas).sum();
+fn on_cores(demands: &[Demand], space: &Space) -> Result<Vec<Slot>> {
+    let parts = demands.iter().map(|demand| parts_of(demand, space.ranks_per_node)).collect::<Result<Vec<_>>>()?;
+    let total: usize = demands.iter().zip(&parts).map(|(demand, parts)| demand.replicas * parts).sum();
     let nodes = space.nodes.unwrap_or(1).min(total).max(1);
-    let replicas =
-        demands.iter().enumerate().flat_map(|(demand, d)| (0..d.replicas).map(move |index| (demand, index, d.ranks)));
-    replicas
-        .enumerate()
-        .map(|(ordinal, (demand, index, ranks))| Slot {
-            demand,
-            index,
-            node: ordinal * nodes / total.max(1),
-            first_rank: 0,
-            ranks,
-            device: 0,
-        })
-        .collect()
+    let mut slots = Vec::new();
+    for ((demand, wanted), parts) in demands.iter().enumerate().zip(parts) {
+        for index in 0..wanted.replicas {
+            let (first, ranks) = (slots.len() * nodes / total.max(1), wanted.ranks / parts);
+            // The parts of a replica are on different nodes where there are enough.
+            let slot =
+                |part| Slot { demand, index, node: (first + part) % nodes, first_rank: part * ranks, ranks, device: 0 };
+            slots.extend((0..parts).map(slot));
+        }
+    }
+    Ok(slots)
+}
+
+/// Processes of a replica on CPUs.
+fn parts_of(demand: &Demand, ranks_max: usize) -> Result<usize> {
+    // A rollout decodes with the whole model, whatever its table says.
+    if ranks_max == 0 || demand.role == Role::Rollout {
+        return Ok(1);
+    }
+    let parts = demand.ranks.div_ceil(ranks_max);
+    if demand.ranks.is_multiple_of(parts.max(1)) {
+        return Ok(parts);
+    }
+    Err(LaunchError::usage(
+        format!(
+            "a {} of {} ranks needs {parts} processes of at most {ranks_max}, and its ranks cannot be spread evenly over them",
+            demand.name, demand.ranks
+        ),
+        "choose another `--ranks-per-node`, or other sizes in its parallelism table",
+    ))
 }
 
 /// Sorts the parts and numbers the nodes by the first replica on each, so that node 0 has the first policy and the nodes
@@ -270,7 +306,8 @@ fn check(demands: &[Demand], space: &Space) -> Result<()> {
     }
     let Ports { controller, redis, first } = space.ports;
     // A replica has at most as many parts as ranks.
-    let parts = ranks.checked_div(space.gpus_per_node).map_or(replicas, |nodes| ranks.min(replicas + nodes));
+    let limit = if space.gpus_per_node > 0 { space.gpus_per_node } else { space.ranks_per_node };
+    let parts = ranks.checked_div(limit).map_or(replicas, |nodes| ranks.min(replicas + nodes));
     let last = usize::from(first) + parts - 1;
     let taken = |port: u16| (usize::from(first)..=last).contains(&usize::from(port));
     if last > usize::from(u16::MAX) || controller == redis || taken(controller) || taken(redis) {

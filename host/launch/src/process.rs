@@ -98,10 +98,10 @@ impl Process {
         let stdin = child.stdin.take();
         let mut readers = Vec::new();
         if let Some(output) = child.stdout.take() {
-            readers.extend(self.read(output));
+            readers.push(self.read(output).map_err(failed)?);
         }
         if let Some(output) = child.stderr.take() {
-            readers.extend(self.read(output));
+            readers.push(self.read(output).map_err(failed)?);
         }
         self.starts.push_back(Instant::now());
         self.restarted = true;
@@ -110,7 +110,7 @@ impl Process {
         Ok(())
     }
 
-    fn read(&self, output: impl std::io::Read + Send + 'static) -> Option<JoinHandle<()>> {
+    fn read(&self, output: impl std::io::Read + Send + 'static) -> std::io::Result<JoinHandle<()>> {
         let (log, show) = (Arc::clone(&self.log), Arc::clone(&self.show));
         let (all, prefix) = (self.spec.shown, format!("[{}] ", self.spec.name));
         let read = move || {
@@ -123,7 +123,7 @@ impl Process {
                 }
             });
         };
-        std::thread::Builder::new().name(format!("log-{}", self.spec.name)).spawn(read).ok()
+        std::thread::Builder::new().name(format!("log-{}", self.spec.name)).spawn(read)
     }
 
     /// How it ended, once, after it has.

@@ -24,8 +24,6 @@ pub use time::{hours, seconds_of};
 
 /// State of the job in its run folder: a word in the first line, the reason in the second.
 pub const STATE_FILE: &str = "STATE";
-/// While this file is in the run folder, the job is not put back into the queue. The name is the original's.
-pub const ABORT_FILE: &str = "ABORT-AUTORESUME";
 
 /// What a job is made of.
 #[derive(Debug, Clone)]
@@ -48,6 +46,8 @@ pub struct Job {
     pub placement: Placement,
     /// Cores of a node as placement was told; 0: unknown.
     pub cores_per_node: usize,
+    /// On CPUs: ranks of one replica on a node at most; 0: no limit.
+    pub ranks_per_node: usize,
     /// Partition; none: the cluster's default.
     pub partition: Option<String>,
     /// Account; none: the user's default.

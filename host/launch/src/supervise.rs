@@ -1,5 +1,6 @@
 //! Starts the processes of a run on this machine, keeps them alive, and ends them.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
@@ -13,9 +14,9 @@ use cosmos_control::{ControlFile, TOKEN_VARIABLE, Target, Token, fetch_status};
 
 use crate::error::{LaunchError, Result};
 use crate::parent::LAUNCHED_VARIABLE;
-use crate::places::{Placement, starts_redis};
 use crate::process::{Process, Show, Spec, in_words};
 use crate::stop::StopFlag;
+use crate::this_machine::{LocalPlan, LocalProcess, starts_redis};
 
 /// Hands the broker's URL, password included, to the controller.
 pub const BROKER_VARIABLE: &str = "COSMOS_BROKER_URL";
@@ -42,7 +43,7 @@ pub struct LaunchOptions {
     /// Folder of the run.
     pub run_folder: PathBuf,
     /// Which processes.
-    pub placement: Placement,
+    pub plan: LocalPlan,
 }
 
 /// How a launched run ended.
@@ -67,9 +68,10 @@ pub fn local(options: LaunchOptions, config: &Config) -> Result<Outcome> {
     let redis = Redis::open(config, &options.run_folder)?;
     let token = Token::random()?;
     let broker_url = redis.address.secret_url();
-    let spec = |place: &crate::Place| {
-        let is_controller = place.role == "controller";
-        let mut arguments: Vec<OsString> = vec![place.role.into()];
+    let rendezvous = rendezvous_of(&options.plan)?;
+    let spec = |process: &LocalProcess| {
+        let is_controller = process.role == "controller";
+        let mut arguments: Vec<OsString> = vec![process.role.into()];
         arguments.extend(options.arguments.iter().cloned());
         arguments.extend(["--run".into(), options.run_folder.clone().into_os_string()]);
         let mut variables = vec![(LAUNCHED_VARIABLE.to_owned(), (config.host.stop_ms_max + GRACE_MS).to_string())];
@@ -81,15 +83,25 @@ pub fn local(options: LaunchOptions, config: &Config) -> Result<Outcome> {
                 variables.push((REDIS_FOLDER_VARIABLE.into(), options.run_folder.join("redis").display().to_string()));
             }
         } else {
-            arguments.extend(["--name".into(), place.name.clone().into()]);
+            arguments.extend(["--name".into(), process.replica.clone().into()]);
+            if let Some(port) = rendezvous.get(&process.replica) {
+                let meeting = format!("127.0.0.1:{port}");
+                arguments.extend(part_arguments(process.part, &meeting).map(OsString::from));
+            }
         }
-        if !place.devices.is_empty() {
-            variables.push(("CUDA_VISIBLE_DEVICES".into(), place.devices.join(",")));
+        if !process.devices.is_empty() {
+            variables.push(("CUDA_VISIBLE_DEVICES".into(), process.devices.join(",")));
         }
-        variables.extend(place.cores.map(|cores| ("RAYON_NUM_THREADS".to_owned(), cores.to_string())));
-        Spec { name: place.name.clone(), program: options.program.clone(), arguments, variables, shown: is_controller }
+        variables.extend(process.cores.map(|cores| ("RAYON_NUM_THREADS".to_owned(), cores.to_string())));
+        Spec {
+            name: process.name.clone(),
+            program: options.program.clone(),
+            arguments,
+            variables,
+            shown: is_controller,
+        }
     };
-    let specs: Vec<Spec> = options.placement.places.iter().filter(|place| place.role != "redis").map(spec).collect();
+    let specs: Vec<Spec> = options.plan.processes.iter().filter(|process| process.role != "redis").map(spec).collect();
     let mut crew = Crew::start(specs, &logs, &config.host, show)?;
     crew.redis = Some(redis);
     let outcome = crew.watch(&stop)?;
@@ -102,6 +114,18 @@ pub fn local(options: LaunchOptions, config: &Config) -> Result<Outcome> {
         }
     }
     Ok(outcome)
+}
+
+/// A free port for every replica that has several processes.
+fn rendezvous_of(plan: &LocalPlan) -> Result<HashMap<String, u16>> {
+    let several = plan.processes.iter().filter(|process| process.part.1 > 1 && process.part.0 == 0);
+    several.map(|process| Ok((process.replica.clone(), free_port()?))).collect()
+}
+
+/// What a process of several of a replica is told besides.
+pub(crate) fn part_arguments((node, nodes): (usize, usize), rendezvous: &str) -> [String; 6] {
+    let given = ["--node-rank", &node.to_string(), "--nodes", &nodes.to_string(), "--rendezvous", rendezvous];
+    given.map(str::to_owned)
 }
 
 /// A folder whose controller answers belongs to a run that is going on; one whose controller does not is left over.
@@ -126,9 +150,6 @@ struct Redis {
 impl Redis {
     fn open(config: &Config, run_folder: &Path) -> Result<Self> {
         let folder = run_folder.join("redis");
-        if starts_redis(config) && RedisServer::end_former(&folder) {
-            tracing::warn!("a Redis that an earlier launcher had left behind in {} was ended", folder.display());
-        }
         let (address, server) = match config.redis.as_str() {
             "" => {
                 let server = RedisServer::start(&folder, free_port()?, None, &ServerOptions::default())?;

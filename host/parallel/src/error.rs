@@ -52,16 +52,6 @@ pub enum ParallelError {
         /// The number of ranks.
         world: usize,
     },
-    /// A batch that does not divide among the ranks.
-    #[error("a batch of {batch} does not divide by dp_shard {dp_shard} × mini-batch {mini_batch}")]
-    BatchDoesNotDivide {
-        /// Samples of the batch.
-        batch: usize,
-        /// Ranks that share it.
-        dp_shard: usize,
-        /// Samples that a rank takes at a time.
-        mini_batch: usize,
-    },
     /// Buffers whose lengths do not fit the operation.
     #[error("`{operation}` of {given} values; expected {expected}")]
     BadLength {
@@ -91,6 +81,24 @@ pub enum ParallelError {
         operation: &'static str,
         /// The rank.
         rank: usize,
+        /// Its address.
+        address: String,
+        /// What happened.
+        reason: String,
+    },
+    /// A process of the same replica that ended, or on whose connection nonsense came.
+    #[error(
+        "`{operation}`: lost process {process} of this replica (ranks {first_rank} to {last_rank}) at {address}: {reason}"
+    )]
+    LostProcess {
+        /// The collective, `connect`, or `watch` where none was under way.
+        operation: &'static str,
+        /// The process, from 0.
+        process: usize,
+        /// Its first rank.
+        first_rank: usize,
+        /// Its last rank.
+        last_rank: usize,
         /// Its address.
         address: String,
         /// What happened.
@@ -210,12 +218,10 @@ impl ParallelError {
             ParallelError::Conflict { .. } => {
                 Some("set one of the two to 1; more data-parallel ranks come with more replicas")
             }
-            ParallelError::BatchDoesNotDivide { .. } => {
-                Some("choose a `train_batch_per_replica` that is a multiple of dp_shard × `mini_batch`")
-            }
             ParallelError::TimedOut { .. }
             | ParallelError::PeerGone { .. }
             | ParallelError::Lost { .. }
+            | ParallelError::LostProcess { .. }
             | ParallelError::Broken { .. }
             | ParallelError::Failed { .. } => Some("look at the log of the rank that is named: it failed first"),
             ParallelError::Nccl { .. } => Some("`NCCL_DEBUG=INFO` makes NCCL tell more; see the other ranks' logs too"),

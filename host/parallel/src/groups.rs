@@ -3,10 +3,16 @@
 use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use crate::threads::{ThreadRank, group};
 use crate::{Collective, Coordinates, Mesh, ParallelError, Result, Single, SubMesh};
+
+/// Whoever tells a whole world that it is lost.
+pub(crate) trait Bell: Send + Sync {
+    /// Lets every group of the world fail.
+    fn ring(&self, error: &ParallelError);
+}
 
 /// Where a rank sits in its mesh, and its handle in each of its groups.
 pub struct RankGroups {
@@ -15,8 +21,12 @@ pub struct RankGroups {
     at: Coordinates,
     /// By the place of the kind in [`SubMesh::ALL`].
     groups: Vec<Arc<dyn Collective>>,
-    /// The world as threads, through which all groups are told of a failure; none where the rank is alone.
+    /// The ranks of this process as threads, through which all groups are told of a failure; none where the rank is alone.
     world: Option<Arc<ThreadRank>>,
+    /// The ranks of this process.
+    local: Arc<dyn Collective>,
+    /// Tells the other processes of the world of a failure, where there are some.
+    bell: Option<Weak<dyn Bell>>,
     /// Whether somebody else tells the groups of a panic.
     watched: bool,
 }
@@ -26,7 +36,34 @@ impl RankGroups {
     pub fn single() -> RankGroups {
         let at = Coordinates { pp: 0, dp_replicate: 0, dp_shard: 0, cp: 0, tp: 0 };
         let groups = SubMesh::ALL.map(|_| Arc::new(Single) as Arc<dyn Collective>).into();
-        RankGroups { rank: 0, mesh: Mesh::one(), at, groups, world: None, watched: false }
+        RankGroups {
+            rank: 0,
+            mesh: Mesh::one(),
+            at,
+            groups,
+            world: None,
+            local: Arc::new(Single),
+            bell: None,
+            watched: false,
+        }
+    }
+
+    /// Those of a rank whose world several processes have a part in; `local` are the ranks of this one.
+    pub(crate) fn of_node(
+        rank: usize,
+        mesh: Mesh,
+        groups: Vec<Arc<dyn Collective>>,
+        local: Arc<ThreadRank>,
+        bell: Weak<dyn Bell>,
+    ) -> Result<RankGroups> {
+        let at = mesh.coordinates(rank)?;
+        let world = Some(Arc::clone(&local));
+        Ok(RankGroups { rank, mesh, at, groups, world, local, bell: Some(bell), watched: false })
+    }
+
+    /// The ranks of the world that are in this process.
+    pub fn local(&self) -> &Arc<dyn Collective> {
+        &self.local
     }
 
     /// This rank's number in the mesh.
@@ -52,8 +89,11 @@ impl RankGroups {
     /// Lets every group of the world fail, so that no rank waits for this one. For errors outside of a collective; those of
     /// a collective do it by themselves.
     pub fn fail(&self, reason: impl fmt::Display) {
-        if let Some(world) = &self.world {
-            world.fail(ParallelError::Failed { rank: self.rank, reason: reason.to_string() });
+        let error = ParallelError::Failed { rank: self.rank, reason: reason.to_string() };
+        if let Some(bell) = self.bell.as_ref().and_then(Weak::upgrade) {
+            bell.ring(&error);
+        } else if let Some(world) = &self.world {
+            world.fail(error);
         }
     }
 }
@@ -145,7 +185,8 @@ impl ThreadWorld {
         let ranks = handles.into_iter().zip(worlds).enumerate();
         ranks
             .map(|(rank, (groups, world))| {
-                Ok(RankGroups { rank, mesh, at: mesh.coordinates(rank)?, groups, world: Some(world), watched: false })
+                let (at, local) = (mesh.coordinates(rank)?, Arc::clone(&world) as Arc<dyn Collective>);
+                Ok(RankGroups { rank, mesh, at, groups, world: Some(world), local, bell: None, watched: false })
             })
             .collect()
     }

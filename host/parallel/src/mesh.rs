@@ -283,25 +283,6 @@ impl Mesh {
         // A group is listed at its first rank.
         (0..self.world()).filter_map(|rank| self.group(rank, sub).ok().filter(|group| group[0] == rank)).collect()
     }
-
-    /// The rank that reports metrics and saves checkpoints: rank 0, or the first rank of the last pipeline stage, which has
-    /// the loss.
-    pub fn master_rank(&self) -> usize {
-        self.rank_of([self.size(Axis::Pp) - 1, 0, 0, 0, 0])
-    }
-
-    /// The mini-batches that each `dp_shard` rank takes out of a replica's batch.
-    ///
-    /// # Errors
-    /// [`ParallelError::BatchDoesNotDivide`].
-    pub fn mini_batches_per_rank(&self, batch: usize, mini_batch: usize) -> Result<usize> {
-        let dp_shard = self.size(Axis::DpShard);
-        let at_a_time = dp_shard.saturating_mul(mini_batch);
-        if at_a_time == 0 || batch == 0 || !batch.is_multiple_of(at_a_time) {
-            return Err(ParallelError::BatchDoesNotDivide { batch, dp_shard, mini_batch });
-        }
-        Ok(batch / at_a_time)
-    }
 }
 
 impl fmt::Display for Mesh {
@@ -335,7 +316,6 @@ mod tests {
         assert_eq!(mesh.group(5, SubMesh::DpShardCp).unwrap(), [1, 3, 5, 7]);
         assert_eq!(mesh.group(5, SubMesh::PpCpTp).unwrap(), [4, 5, 6, 7, 12, 13, 14, 15]);
         assert_eq!(mesh.groups(SubMesh::Mp), [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]]);
-        assert_eq!(mesh.master_rank(), 8);
         let at = Coordinates { pp: 1, dp_replicate: 0, dp_shard: 0, cp: 1, tp: 1 };
         assert_eq!((mesh.rank(at), mesh.coordinates(11).unwrap()), (Some(11), at));
         assert_eq!(mesh.rank(Coordinates { tp: 2, ..at }), None);
@@ -364,15 +344,6 @@ mod tests {
             assert!(error.hint().is_some());
         }
         assert!(mesh(i64::MAX, 1, i64::MAX, i64::MAX, i64::MAX, 8).is_err());
-    }
-
-    #[test]
-    fn a_batch_must_divide() {
-        let mesh = mesh(1, 1, 4, 1, 1, 4).unwrap();
-        assert_eq!(mesh.mini_batches_per_rank(32, 2), Ok(4));
-        let error = mesh.mini_batches_per_rank(30, 2).unwrap_err();
-        assert_eq!(error.to_string(), "a batch of 30 does not divide by dp_shard 4 × mini-batch 2");
-        assert!(mesh.mini_batches_per_rank(0, 1).is_err() && mesh.mini_batches_per_rank(8, 0).is_err());
     }
 
     fn meshes() -> impl Strategy<Value = Mesh> {

@@ -15,7 +15,7 @@ mod hmac;
 mod link;
 
 use std::fmt;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -23,7 +23,14 @@ use std::time::Duration;
 use crate::collective::{check_all_to_all, check_bytes, check_parts, check_peer, check_root, larger};
 use crate::{Collective, ParallelError, Result};
 use frame::{CHUNK_BYTES_MAX, Header, Operation};
+pub(crate) use handshake::nonce;
 use link::{Links, Queue};
+
+/// Values of a part of a sum: those of a chunk.
+pub(crate) const PART_VALUES_MAX: usize = CHUNK_BYTES_MAX / 4;
+
+/// Parts of a sum through the processes that a process may be ahead of what has come back.
+pub(crate) const PARTS_AHEAD: usize = 16;
 
 /// Sums of more bytes are shared out among the ranks.
 const SMALL_BYTES_MAX: usize = 16 * 1024;
@@ -118,6 +125,70 @@ impl SocketGroup {
     /// The address of another rank; none for this rank itself.
     pub fn address_of(&self, rank: usize) -> Option<SocketAddr> {
         self.links.address_of(rank)
+    }
+
+    /// This machine's address on the connection to another rank, where others can reach it too.
+    pub fn own_ip(&self, rank: usize) -> Option<IpAddr> {
+        self.links.own_ip(rank)
+    }
+
+    /// Why the group cannot go on, if a rank has gone or given up; without waiting for anything.
+    pub fn lost(&self) -> Option<ParallelError> {
+        self.links.lost()
+    }
+
+    /// Ends the group, and tells the other ranks why.
+    pub(crate) fn abort(&self, error: &ParallelError) {
+        self.links.abort(self.rank, error);
+    }
+
+    /// Sends a part of a sum, of at most [`PART_VALUES_MAX`] values.
+    pub(crate) fn send_part(&self, to: usize, values: &[f32]) -> Result<()> {
+        self.post(Operation::Part, to, values)
+    }
+
+    /// Waits for a part of a sum.
+    pub(crate) fn recv_part(&self, from: usize, values: &mut [f32]) -> Result<()> {
+        self.fetch(Operation::Part, Queue::Parts, from, values)
+    }
+
+    fn post(&self, operation: Operation, to: usize, values: &[f32]) -> Result<()> {
+        check_peer(to, self.rank, self.world)?;
+        self.links.healthy("send")?;
+        let (total, mut bytes) = (values.len() * 4, Vec::new());
+        let mut chunks = values.chunks(CHUNK_BYTES_MAX / 4);
+        let mut chunk = chunks.next().unwrap_or(&[]);
+        loop {
+            let header = Header { operation, root: None, sequence: 0, total: total as u64, len: chunk.len() * 4 };
+            header.start(&mut bytes);
+            append(&mut bytes, chunk);
+            let sent = self.links.write(to, "send", &bytes, self.wait_max);
+            sent.map_err(|error| self.failed(error))?;
+            match chunks.next() {
+                Some(next) => chunk = next,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    fn fetch(&self, operation: Operation, queue: Queue, from: usize, values: &mut [f32]) -> Result<()> {
+        check_peer(from, self.rank, self.world)?;
+        self.links.healthy("recv")?;
+        let total = values.len() * 4;
+        let mut came = vec![Vec::new(); self.world];
+        let mut at = 0;
+        loop {
+            let len = (total - at).min(CHUNK_BYTES_MAX);
+            let header = Header { operation, root: None, sequence: 0, total: total as u64, len };
+            came[from].clear();
+            let waited = self.links.collect(queue, self.rank, &[(from, header)], self.wait_max, &mut came);
+            waited.map_err(|error| self.failed(error))?;
+            put_floats(&mut values[at / 4..], &came[from]);
+            at += len;
+            if at >= total {
+                return Ok(());
+            }
+        }
     }
 
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
@@ -387,46 +458,12 @@ impl Collective for SocketGroup {
     }
 
     fn send(&self, to: usize, values: &[f32]) -> Result<()> {
-        check_peer(to, self.rank, self.world)?;
-        let operation = Operation::Message;
-        self.links.healthy("send")?;
-        let (total, mut bytes) = (values.len() * 4, Vec::new());
-        let mut chunks = values.chunks(CHUNK_BYTES_MAX / 4);
-        let mut chunk = chunks.next().unwrap_or(&[]);
-        loop {
-            let header = Header { operation, root: None, sequence: 0, total: total as u64, len: chunk.len() * 4 };
-            header.start(&mut bytes);
-            append(&mut bytes, chunk);
-            let sent = self.links.write(to, "send", &bytes, self.wait_max);
-            sent.map_err(|error| self.failed(error))?;
-            match chunks.next() {
-                Some(next) => chunk = next,
-                None => return Ok(()),
-            }
-        }
+        self.post(Operation::Message, to, values)
     }
 
     fn recv(&self, from: usize, values: &mut [f32]) -> Result<()> {
-        check_peer(from, self.rank, self.world)?;
-        self.links.healthy("recv")?;
-        let total = values.len() * 4;
-        let mut came = vec![Vec::new(); self.world];
-        let mut at = 0;
-        loop {
-            let len = (total - at).min(CHUNK_BYTES_MAX);
-            let operation = Operation::Message;
-            let header = Header { operation, root: None, sequence: 0, total: total as u64, len };
-            came[from].clear();
-            let waited = self.links.collect(Queue::Mail, self.rank, &[(from, header)], self.wait_max, &mut came);
-            waited.map_err(|error| self.failed(error))?;
-            put_floats(&mut values[at / 4..], &came[from]);
-            at += len;
-            if at >= total {
-                return Ok(());
-            }
-        }
+        self.fetch(Operation::Message, Queue::Mail, from, values)
     }
-
     fn all_gather_bytes(&self, mine: &[u8], bytes_max: usize) -> Result<Vec<Vec<u8>>> {
         let operation = "all_gather_bytes";
         check_bytes(operation, self.rank, mine.len(), bytes_max).map_err(|error| self.failed(error))?;

@@ -92,17 +92,32 @@ struct State {
 
 /// What a rank brings to a round. The others read it where it is.
 #[derive(Clone)]
-enum Post {
+pub(crate) enum Post {
     Values(Arc<Vec<f32>>),
     Bytes(Arc<Vec<u8>>),
 }
 
 impl Post {
-    fn values(&self) -> &[f32] {
+    pub fn of(values: Vec<f32>) -> Post {
+        Post::Values(Arc::new(values))
+    }
+
+    pub fn nothing() -> Post {
+        Post::of(Vec::new())
+    }
+
+    pub fn values(&self) -> &[f32] {
         match self {
             Post::Values(values) => values,
             // The ranks of a round agree on its operation, and an operation brings one kind.
             Post::Bytes(_) => &[],
+        }
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Post::Bytes(bytes) => bytes,
+            Post::Values(_) => &[],
         }
     }
 }
@@ -115,11 +130,11 @@ const SMALL_VALUES_MAX: usize = 4096;
 
 /// A collective as its ranks must agree on it.
 #[derive(Clone, Copy, PartialEq)]
-struct Call {
-    operation: &'static str,
+pub(crate) struct Call {
+    pub operation: &'static str,
     /// Values that each rank brings.
-    len: usize,
-    root: Option<usize>,
+    pub len: usize,
+    pub root: Option<usize>,
 }
 
 impl fmt::Display for Call {
@@ -137,7 +152,7 @@ impl fmt::Debug for ThreadRank {
 
 impl ThreadRank {
     /// One round: brings `post`, and gets what all ranks brought, by rank.
-    fn exchange(&self, call: Call, post: Post) -> Result<Arc<Vec<Post>>> {
+    pub(crate) fn exchange(&self, call: Call, post: Post) -> Result<Arc<Vec<Post>>> {
         let mut rounds = self.rounds.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let begun = Instant::now();
         let shared = &*self.shared;
@@ -181,7 +196,7 @@ impl ThreadRank {
     }
 
     fn exchange_values(&self, call: Call, values: Vec<f32>) -> Result<Arc<Vec<Post>>> {
-        self.exchange(call, Post::Values(Arc::new(values)))
+        self.exchange(call, Post::of(values))
     }
 
     /// Reduces `values` over the ranks, in their order. Of a long buffer each rank reduces its part only, so that the work
@@ -263,6 +278,23 @@ impl Shared {
     fn set_broken(&self, name: usize, error: &ParallelError) {
         self.lock().broken.get_or_insert_with(|| (name, error.clone()));
         self.changed.notify_all();
+    }
+
+    /// What has ended the group, if something has.
+    pub(crate) fn broken(&self) -> Option<ParallelError> {
+        self.lock().broken.as_ref().map(|(_, error)| error.clone())
+    }
+
+    /// Lets the group and those that stand with it fail, as `name` has found out.
+    pub(crate) fn fail_all(&self, name: usize, error: &ParallelError) {
+        self.set_broken(name, error);
+        for sibling in self.siblings.get().into_iter().flatten().filter_map(Weak::upgrade) {
+            sibling.set_broken(name, error);
+        }
+    }
+
+    pub(crate) fn wait_ms_max(&self) -> u64 {
+        self.wait_ms_max
     }
 
     /// Groups that fail when this one does; the first call counts.
@@ -427,11 +459,7 @@ impl Collective for ThreadRank {
         }
         let call = Call { operation, len: bytes_max, root: None };
         let posted = self.exchange(call, Post::Bytes(Arc::new(mine.to_vec())))?;
-        let bytes = |post: &Post| match post {
-            Post::Bytes(bytes) => bytes.to_vec(),
-            Post::Values(_) => Vec::new(),
-        };
-        Ok(posted.iter().map(bytes).collect())
+        Ok(posted.iter().map(|post| post.bytes().to_vec()).collect())
     }
 }
 

@@ -78,6 +78,11 @@ pub enum ReportError {
     },
 }
 
+/// Whether there is no room for what was to be written: on the disk, within a quota, or within the largest file allowed.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
+}
+
 impl ReportError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<&'static str> {
@@ -86,7 +91,7 @@ impl ReportError {
                 io::ErrorKind::PermissionDenied => {
                     "set `train.output_dir` to a folder that you may write to, or change its permissions"
                 }
-                io::ErrorKind::StorageFull => "free some space, or set `train.output_dir` to another disk",
+                _ if is_full(source) => "free some space, or set `train.output_dir` to another disk",
                 io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
                     "a file stands where a folder is needed: set `train.output_dir` to another path"
                 }

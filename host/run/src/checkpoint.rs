@@ -24,6 +24,8 @@ use crate::error::{Result, RunError};
 const FORMAT: u32 = 2;
 const FORMATS_READ: [u32; 2] = [1, FORMAT];
 const MANIFEST: &str = "manifest.json";
+/// The system's number of an error of the disk itself.
+const EIO: i32 = 5;
 /// Tensors of one file, in bytes; a single larger tensor has a file of its own.
 const SHARD_BYTES_MAX: u64 = 4 << 30;
 /// A manifest lists a handful of files; anything larger is not one of ours.
@@ -230,7 +232,7 @@ fn hex(bytes: &[u8]) -> String {
 
 fn read_manifest(folder: &Path) -> Result<Manifest> {
     let path = folder.join(MANIFEST);
-    let length = fs::metadata(&path).map_err(|e| broken(folder, format!("no readable `{MANIFEST}`: {e}")))?.len();
+    let length = fs::metadata(&path).map_err(unreadable(folder, MANIFEST))?.len();
     if length > MANIFEST_BYTES_MAX {
         return Err(broken(folder, format!("`{MANIFEST}` is {length} bytes long")));
     }
@@ -285,7 +287,7 @@ pub fn verify(folder: &Path) -> Result<Manifest> {
     let manifest = read_manifest(folder)?;
     for (name, entry) in &manifest.files {
         let path = folder.join(name);
-        let (bytes, sha256) = hash_file(&path)?;
+        let (bytes, sha256) = hash_file(&path).map_err(unreadable(folder, name))?;
         if bytes != entry.bytes {
             return Err(broken(folder, format!("`{name}` is {bytes} bytes long, the manifest says {}", entry.bytes)));
         }
@@ -296,13 +298,23 @@ pub fn verify(folder: &Path) -> Result<Manifest> {
     Ok(manifest)
 }
 
-fn hash_file(path: &Path) -> Result<(u64, String)> {
-    let mut file = File::open(path).map_err(io(path))?;
+/// A file that is missing or lies on broken ground makes a checkpoint a damaged one; one that the system does not let us
+/// read may be whole.
+fn unreadable<'a>(folder: &'a Path, name: &'a str) -> impl FnOnce(std::io::Error) -> RunError + 'a {
+    move |source| match source.kind() {
+        std::io::ErrorKind::NotFound => broken(folder, format!("`{name}` is missing")),
+        _ if source.raw_os_error() == Some(EIO) => broken(folder, format!("`{name}` cannot be read: {source}")),
+        _ => RunError::Io { path: folder.join(name), source },
+    }
+}
+
+fn hash_file(path: &Path) -> std::io::Result<(u64, String)> {
+    let mut file = File::open(path)?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     let mut total = 0;
     loop {
-        let n = file.read(&mut buffer).map_err(io(path))?;
+        let n = file.read(&mut buffer)?;
         if n == 0 {
             return Ok((total, hex(&hasher.finalize())));
         }
@@ -314,15 +326,20 @@ fn hash_file(path: &Path) -> Result<(u64, String)> {
 /// Reads a checkpoint, every file verified.
 pub fn read(folder: &Path) -> Result<(Snapshot, Manifest)> {
     let manifest = verify(folder)?;
-    let state_path = folder.join(STATE);
-    let state = fs::read_to_string(&state_path).map_err(io(&state_path))?;
     let snapshot = Snapshot {
         step: manifest.step,
         model: read_shards(folder, &manifest, MODEL)?,
         optimizer: read_shards(folder, &manifest, OPTIMIZER)?,
-        state: serde_json::from_str(&state).map_err(|e| broken(folder, format!("`state.json`: {e}")))?,
+        state: read_state(folder)?,
     };
     Ok((snapshot, manifest))
+}
+
+/// The run's own state in a checkpoint that was verified, without its tensors.
+pub fn read_state(folder: &Path) -> Result<serde_json::Value> {
+    let path = folder.join(STATE);
+    let text = fs::read_to_string(&path).map_err(io(&path))?;
+    serde_json::from_str(&text).map_err(|e| broken(folder, format!("`state.json`: {e}")))
 }
 
 fn read_shards(folder: &Path, manifest: &Manifest, stem: &str) -> Result<Vec<HostTensor>> {
@@ -362,8 +379,9 @@ pub fn newest(root: &Path) -> Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// Deletes the oldest checkpoints beyond `keep` (negative: keeps all) and leftovers of writers that died.
-pub fn prune(root: &Path, keep: i64) -> Result<()> {
+/// Deletes the oldest checkpoints beyond `keep` (negative: keeps all) and leftovers of writers that died. Those after `step`,
+/// the newest one, neither count nor go: the run went back over them, because they are damaged.
+pub fn prune(root: &Path, keep: i64, step: u64) -> Result<()> {
     for entry in fs::read_dir(root).map_err(io(root))?.filter_map(|e| e.ok()) {
         let name = entry.file_name().to_string_lossy().into_owned();
         let mine = name.ends_with(&format!("-{}", std::process::id()));
@@ -375,7 +393,7 @@ pub fn prune(root: &Path, keep: i64) -> Result<()> {
         return Ok(());
     }
     let all = list(root)?;
-    let good: Vec<_> = all.iter().filter(|c| c.problem.is_none()).collect();
+    let good: Vec<_> = all.iter().filter(|c| c.problem.is_none() && c.step <= step).collect();
     for info in good.iter().take(good.len().saturating_sub(keep.max(1) as usize)) {
         fs::remove_dir_all(&info.path).map_err(io(&info.path))?;
     }
@@ -404,7 +422,7 @@ impl Writer {
         let (root, source, keep) = (self.root.clone(), self.model_source.clone(), self.keep);
         let job = move || {
             let folder = write(&root, &snapshot, &source)?;
-            prune(&root, keep)?;
+            prune(&root, keep, snapshot.step)?;
             Ok(folder)
         };
         if self.in_background {
@@ -496,8 +514,11 @@ mod tests {
             write(dir.path(), &snapshot(step), Path::new("/m")).unwrap();
         }
         fs::create_dir(dir.path().join(".step_00000009-1")).unwrap();
-        prune(dir.path(), 2).unwrap();
-        assert_eq!(list(dir.path()).unwrap().iter().map(|c| c.step).collect::<Vec<_>>(), [4, 5]);
+        prune(dir.path(), 1, 2).unwrap();
+        let steps = || list(dir.path()).unwrap().iter().map(|c| c.step).collect::<Vec<_>>();
+        assert_eq!(steps(), [2, 3, 4, 5], "the run went back to step 2");
+        prune(dir.path(), 2, 5).unwrap();
+        assert_eq!(steps(), [4, 5]);
         assert!(!dir.path().join(".step_00000009-1").exists());
     }
 }

@@ -12,6 +12,8 @@ use crate::plugins::{Plugins, text_of};
 
 /// Rewards that are built into the original. Its configurations name them though the reward comes from a plugin here.
 const BUILT_IN: [&str; 6] = ["direct_math", "boxed_math", "single_choice", "gsm8k", "format", "overlong"];
+/// Stands for the columns of a table where plugins offer datasets too.
+const COLUMNS: &str = "columns";
 /// The original's default, which asks for nothing in particular.
 const NOT_GIVEN: &str = "single_choice";
 
@@ -24,7 +26,8 @@ pub struct Weighted {
     pub weight: f64,
 }
 
-/// The datasets for `role`, with weights where they are mixed by weight. `None`: no plugin offers one and none is named.
+/// The datasets for `role`, with weights where they are mixed by weight. `None`: the columns of a table, since no plugin
+/// offers one and none is named, or since `columns` is.
 pub fn datasets(
     resolved: &Resolved,
     plugins: &Plugins,
@@ -57,6 +60,17 @@ pub fn datasets(
     if names.is_empty() {
         let place = text_of(resolved.nearest_place(&path));
         return Err(RunError::config(place, format!("`host.{key}` names no dataset"), "name one, or leave it out"));
+    }
+    let means_columns = |name: &str| name == COLUMNS && matches!(find(&all, role, name), Err(Miss::Unknown { .. }));
+    if names.iter().any(|(name, _)| means_columns(name)) {
+        if names.len() == 1 {
+            return Ok(None);
+        }
+        return Err(RunError::config(
+            place(COLUMNS),
+            format!("`host.{key}` names `{COLUMNS}` beside datasets of plugins"),
+            "name the columns alone, or datasets of plugins alone",
+        ));
     }
     let mut chosen: Vec<(Offered, Option<f64>)> = Vec::new();
     for (name, weight) in names {

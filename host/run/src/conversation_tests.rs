@@ -86,6 +86,7 @@ fn sampling(slots: usize, n: usize) -> Sampling {
         context_tokens_max: 60,
         stop_ids: vec![1],
         slots,
+        kv_bytes_max: None,
         candidates: 3,
         logprobs: true,
         logprob_temperature: 1.0,

@@ -49,6 +49,14 @@ pub enum RunError {
     /// Ranks or replicas that work together.
     #[error(transparent)]
     Parallel(#[from] ParallelError),
+    /// A replica over several processes that cannot go on: all of them end, and are started again together.
+    #[error("the processes of `{replica}` cannot go on: {source}")]
+    Replica {
+        /// Its name.
+        replica: String,
+        /// What failed first, as far as it is known here.
+        source: Box<RunError>,
+    },
     /// The run folder or one of its records.
     #[error(transparent)]
     Report(#[from] ReportError),
@@ -113,8 +121,8 @@ impl RunError {
             Self::Report(e) => e.hint().map(|h| h.to_string()).unwrap_or_default(),
             Self::Control(e) => e.hint().map(|h| h.to_string()).unwrap_or_default(),
             Self::Parallel(e) => e.hint().map(|h| h.to_string()).unwrap_or_default(),
-            Self::During { source, .. } => source.hint().unwrap_or_default(),
-            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+            Self::During { source, .. } | Self::Replica { source, .. } => source.hint().unwrap_or_default(),
+            Self::Io { source, .. } if cosmos_report::is_full(source) => {
                 "free space and continue with `--resume`; `train.ckpt.max_keep` bounds how many checkpoints are kept"
                     .into()
             }
@@ -129,8 +137,11 @@ impl RunError {
             Self::Config { .. } | Self::Engine { .. } | Self::Data(_) | Self::Plugin(_) | Self::Report(_) => true,
             Self::Checkpoint { .. } | Self::Io { .. } => true,
             Self::Broker(e) => e.is_usage(),
-            Self::Control(_)
-            | Self::Parallel(_)
+            // A report that the controller refuses comes from a run under way.
+            Self::Control(ControlError::Refused { kind, .. }) if kind == "request" => false,
+            Self::Control(e) => e.is_usage(),
+            Self::Parallel(_)
+            | Self::Replica { .. }
             | Self::Shared { .. }
             | Self::Diverged { .. }
             | Self::During { .. } => false,

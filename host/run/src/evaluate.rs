@@ -105,6 +105,7 @@ pub fn evaluate(options: &EvalOptions) -> Result<EvalReport> {
         context_tokens_max: model.config().max_position_embeddings,
         stop_ids: generation.eos_token_ids,
         slots: config.host.decode_slots,
+        kv_bytes_max: crate::rollout::kv_bytes_max(config),
         candidates: 0,
         logprobs: false,
         logprob_temperature: 1.0,

@@ -238,7 +238,8 @@ impl Plan {
                 name: None,
                 parameters: 0,
                 weights_bytes: 0,
-                activations_bytes: config.host.decode_slots as u64 * context * kv as u64 * F32,
+                activations_bytes: (config.host.decode_slots as u64 * context * kv as u64 * F32)
+                    .min(crate::rollout::kv_bytes_max(config).map_or(u64::MAX, |bytes| bytes as u64)),
             });
         }
         for spec in teachers {

@@ -12,6 +12,8 @@ use cosmos_engine::objective::{
 };
 use cosmos_engine::score::{ScoreOptions, ScoreRequest, score};
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Result, Role};
 use crate::rollout::Completion;
 use crate::student::Student;
@@ -33,7 +35,7 @@ pub struct PolicyRole {
 }
 
 /// What a step did.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct StepOutcome {
     /// Numbers over every token of the step.
     pub report: Report,
@@ -67,7 +69,9 @@ impl PolicyRole {
             optimize_batch: grpo.batch_size_per_optimize,
             mu_iterations: grpo.mu_iterations.max(1),
             rollout_is_old: grpo.use_rollout_logprobs_for_loss,
-            wants_rollout: grpo.use_decoupled_loss || grpo.off_policy_masking_delta.is_some(),
+            wants_rollout: grpo.collect_rollout_logprobs
+                || grpo.use_decoupled_loss
+                || grpo.off_policy_masking_delta.is_some(),
         })
     }
 
@@ -92,9 +96,10 @@ impl PolicyRole {
         }
         let batch = self.optimize_batch.unwrap_or(samples.len()).clamp(1, samples.len().max(1));
         let several_updates = batch < samples.len() || self.mu_iterations > 1;
-        for (sample, completion) in samples.iter_mut().zip(completions) {
-            // Under other weights the difference would be training, not a mismatch of the two paths.
-            if completion.version == step && !several_updates && !completion.logprobs.is_empty() {
+        // Under other weights the difference would be training, not a mismatch of the two paths: later batches of a step see
+        // what the first has changed.
+        for (sample, completion) in samples.iter_mut().zip(completions).take(batch) {
+            if completion.version == step && !completion.logprobs.is_empty() {
                 sample.recorded = Some(completion.logprobs.clone());
             }
         }
@@ -388,6 +393,12 @@ impl StepOutcome {
         if let Some(mean) = r.ratio.mean() {
             put("ratio_mean", mean);
             put("ratio_max", r.ratio.max);
+        }
+        // `ratio` is to the old policy, which is this one unless `use_rollout_logprobs_for_loss`: 1 however old the
+        // completions are. This is to the weights that wrote them.
+        if let Some(mean) = r.behaviour_ratio.mean() {
+            put("behaviour_ratio_mean", mean);
+            put("behaviour_ratio_max", r.behaviour_ratio.max);
         }
         if let Some(s) = Summary::of(&r.student_entropy) {
             put("effective_entropy", s.mean);

@@ -582,8 +582,7 @@ pub fn training_rank(base: &Base, groups: &RankGroups) -> Result<Training> {
 
 /// The teachers with their models, when distilling.
 pub fn teachers(base: &Base) -> Result<Vec<TeacherRole>> {
-    let device = &base.config().host.device;
-    teachers::specs(base)?.iter().map(|spec| spec.load(device)).collect()
+    teachers::specs(base)?.iter().map(|spec| spec.load(base.config())).collect()
 }
 
 fn validation(

@@ -1,10 +1,20 @@
 //! Finding where an earlier part of a run left off.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use cosmos_controller::{Memory, SampleRef};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
 use crate::checkpoint::{self, Snapshot};
 use crate::error::{Result, RunError};
+use crate::records::History;
+use crate::rewards::Tally;
+use crate::roles::history_at;
+use crate::roles::policy::{Buffered, PolicyState};
+use crate::rollout::Completion;
 use crate::session::RunState;
 
 /// An earlier part of a run.
@@ -17,6 +27,98 @@ pub struct Resumed {
     pub snapshot: Snapshot,
     /// The run's own state.
     pub state: RunState,
+}
+
+/// What `state.json` of a checkpoint holds.
+pub enum SavedState {
+    /// A run of one process wrote it.
+    OfOne(Box<RunState>),
+    /// A policy process wrote it; numbers of the records are in the controller's books.
+    OfProcesses(Box<PolicyState>),
+}
+
+impl SavedState {
+    /// Reads `state`, of the checkpoint in `folder`.
+    ///
+    /// # Errors
+    /// A state of another version of this program.
+    pub fn of(state: &Value, folder: &Path) -> Result<Self> {
+        if state.get("policy_step").is_some() {
+            return parse(state, folder).map(|state| Self::OfProcesses(Box::new(state)));
+        }
+        parse(state, folder).map(|state| Self::OfOne(Box::new(state)))
+    }
+
+    /// For a policy process that goes on from it.
+    pub fn for_policy(self) -> PolicyState {
+        match self {
+            Self::OfProcesses(state) => *state,
+            Self::OfOne(state) => {
+                let RunState { controller, completions, optimizer_steps, .. } = *state;
+                let names: HashMap<u64, SampleRef> = controller.buffered().map(|name| (name.sample, *name)).collect();
+                let named = |completion: Completion| {
+                    names.get(&completion.sample).map(|sample| Buffered { sample: *sample, completion })
+                };
+                PolicyState {
+                    policy_step: controller.step(),
+                    order: controller.last_order().0,
+                    optimizer_steps,
+                    buffered: completions.into_iter().filter_map(named).collect(),
+                    controller: Some(controller),
+                }
+            }
+        }
+    }
+
+    /// For a run of one process that goes on from it in `run_folder`.
+    fn for_one(self, run_folder: &Path, folder: &Path) -> Result<RunState> {
+        match self {
+            Self::OfOne(state) => Ok(*state),
+            Self::OfProcesses(state) => {
+                let PolicyState { policy_step, optimizer_steps, buffered, controller, .. } = *state;
+                let controller = controller.ok_or_else(|| no_memory(folder))?;
+                let (history, tally) = history_at(run_folder, policy_step)?;
+                let completions = buffered.into_iter().map(|buffered| buffered.completion).collect();
+                Ok(RunState { controller, completions, history, optimizer_steps, tally })
+            }
+        }
+    }
+}
+
+fn parse<T: DeserializeOwned>(state: &Value, folder: &Path) -> Result<T> {
+    T::deserialize(state).map_err(|e| RunError::Checkpoint {
+        path: folder.to_path_buf(),
+        message: format!("`state.json` is not a run's state: {e}"),
+        hint: "it was written by another version of this program".into(),
+    })
+}
+
+fn no_memory(folder: &Path) -> RunError {
+    RunError::Checkpoint {
+        path: folder.to_path_buf(),
+        message: "it does not say where in the dataset its run was".into(),
+        hint: "start anew from `ckpt export`'s folder as `policy.model_name_or_path`".into(),
+    }
+}
+
+/// An earlier part of a run, for a controller process that has no ledger of it.
+pub struct Begun {
+    /// What the controller has to remember.
+    pub controller: Memory,
+    /// Records so far.
+    pub history: History,
+    /// Numbers of the rewards since the last step.
+    pub tally: Tally,
+    /// The checkpoint.
+    pub checkpoint: PathBuf,
+}
+
+/// The newest good checkpoint of a run folder, for a controller process.
+pub fn begun(run_folder: &Path) -> Result<Option<Begun>> {
+    let Some(checkpoint) = checkpoint::newest(&run_folder.join("checkpoints"))? else { return Ok(None) };
+    let state = SavedState::of(&checkpoint::read_state(&checkpoint)?, &checkpoint)?;
+    let RunState { controller, history, tally, .. } = state.for_one(run_folder, &checkpoint)?;
+    Ok(Some(Begun { controller, history, tally, checkpoint }))
 }
 
 /// The newest good checkpoint of `output_dir` or, as in the original, of a sibling named by a timestamp.
@@ -55,18 +157,10 @@ pub fn from(folder: &Path) -> Result<Resumed> {
             "`ckpt export` it and start from that as `policy.model_name_or_path`, or finish the run with that version",
         ));
     }
-    if snapshot.state.get("policy_step").is_some() {
-        return Err(unfit(
-            "it was written by a run of several processes".into(),
-            "go on with it by `launch local --resume`",
-        ));
-    }
-    let state: RunState = serde_json::from_value(snapshot.state.clone()).map_err(|e| {
-        unfit(format!("`state.json` is not a run's state: {e}"), "it was written by another version of this program")
-    })?;
     let run_folder = folder.parent().and_then(Path::parent).ok_or_else(|| {
         RunError::config("", format!("{} lies in no run folder", folder.display()), "name `RUN/checkpoints/step_N`")
     })?;
+    let state = SavedState::of(&snapshot.state, folder)?.for_one(run_folder, folder)?;
     Ok(Resumed { run_folder: run_folder.to_path_buf(), checkpoint: folder.to_path_buf(), snapshot, state })
 }
 

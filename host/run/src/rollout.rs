@@ -7,13 +7,14 @@ use std::time::Instant;
 
 use cosmos_config::Config;
 use cosmos_engine::generate::{FinishReason, GenerateOptions, GenerateRequest, SamplingParams, generate};
-use cosmos_engine::model::Model;
+use cosmos_engine::model::{Model, WeightFormat};
 use cosmos_engine::score::{ScoreOptions, ScoreRequest, score};
 use cosmos_plugin::ChatMessage;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, Role};
 use crate::mixture::Mixture;
+use crate::shards;
 use crate::task::{Item, Text};
 
 /// A completion on its way through the run. Serializable, because those in flight are part of a checkpoint.
@@ -225,6 +226,8 @@ pub struct Sampling {
     pub stop_ids: Vec<u32>,
     /// Sequences decoded at a time.
     pub slots: usize,
+    /// Bytes of keys and values that they may hold; further ones wait.
+    pub kv_bytes_max: Option<usize>,
     /// Top-k candidates recorded of each step; 0: none.
     pub candidates: usize,
     /// Whether the log-probs of the sampled tokens are recorded.
@@ -243,6 +246,7 @@ impl Sampling {
             candidates: self.candidates,
             logprobs: self.logprobs,
             logprob_temperature: self.logprob_temperature,
+            kv_bytes_max: self.kv_bytes_max,
         }
     }
 }
@@ -440,12 +444,22 @@ pub fn training_sampling(config: &Config, stop_ids: Vec<u32>, candidates: usize,
         context_tokens_max: config.policy.model_max_length,
         stop_ids,
         slots: config.host.decode_slots,
+        kv_bytes_max: kv_bytes_max(config),
         candidates,
         logprobs: config.train.train_policy.grpo().is_some_and(|g| {
-            g.collect_rollout_logprobs || g.use_decoupled_loss || g.off_policy_masking_delta.is_some()
+            g.collect_rollout_logprobs
+                || g.use_decoupled_loss
+                || g.off_policy_masking_delta.is_some()
+                // Whoever samples with other numbers than are trained is told how far they are apart.
+                || shards::rollout_format(config) != WeightFormat::F32
         }),
         logprob_temperature: config.train.train_policy.grpo().map_or(1.0, |g| g.temperature as f32),
     }
+}
+
+/// What `host.kv_mib_max` allows.
+pub(crate) fn kv_bytes_max(config: &Config) -> Option<usize> {
+    config.host.kv_mib_max.map(|mib| mib.saturating_mul(1 << 20))
 }
 
 /// The validation's sampling settings; what `[validation]` leaves open is the rollout's.
@@ -464,6 +478,7 @@ pub fn validation_sampling(config: &Config, stop_ids: Vec<u32>, seed: u64) -> Sa
         context_tokens_max: config.policy.model_max_length,
         stop_ids,
         slots: config.host.decode_slots,
+        kv_bytes_max: kv_bytes_max(config),
         candidates: 0,
         logprobs: false,
         logprob_temperature: 1.0,

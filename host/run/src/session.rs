@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cosmos_broker::{Broker, BrokerLimits, MemoryBroker};
-use cosmos_controller::{Controller, Dispatch, Event, Memory, Order, Outcome as Did, Role};
+use cosmos_controller::{Controller, Dispatch, Event, Memory, Order, Outcome as Did, Role, SampleRef};
 use cosmos_engine::head::{Head, ModelHead};
 use cosmos_report::{Progress, ProgressKind, RunFolder};
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::Outcome;
 use crate::checkpoint::{self, Snapshot, Writer};
 use crate::compared::OwnTeachers;
-use crate::error::{Result, RunError};
+use crate::error::{Result, Role as _, RunError};
 use crate::prepare::{Base, Prepared, Prompts};
 use crate::records::{History, Records};
 use crate::resume::Resumed;
@@ -24,6 +24,7 @@ use crate::roles::books::{Books, TeacherView, write_description};
 use crate::roles::trainer::{TrainNotes, Trainer};
 use crate::roles::writer;
 use crate::rollout::Completion;
+use crate::shards;
 use crate::signals::StopFlag;
 use crate::student::Student;
 use crate::task::Item;
@@ -68,7 +69,6 @@ pub struct Session {
     trainer: Trainer,
     teachers: Vec<TeacherRole>,
     controller: Controller,
-    train_batch: u64,
     /// Completions waiting to be trained on, by sample.
     waiting: HashMap<u64, Completion>,
     /// Examples waiting to be imitated, by sample.
@@ -88,13 +88,25 @@ impl Session {
         let stop = StopFlag::listen(&config.train.signal_to_handle)?;
         let total = plan.total_steps();
         let mut student = Student::load(config, &base.student_folder, total)?;
+        student.model.decode_in(shards::rollout_format(config)).role("student")?;
         let progress_kind = ProgressKind::detect();
         let (folder, controller, waiting, history, tally, step) = match resumed {
             Some(resumed) => {
                 let Resumed { run_folder, checkpoint, snapshot, state } = resumed;
                 student.restore(&checkpoint, &snapshot, state.optimizer_steps)?;
-                let waiting = state.completions.into_iter().map(|c| (c.sample, c)).collect();
-                let controller = Controller::resume(plan.clone(), state.controller);
+                crate::roles::retire(&run_folder)?;
+                let waiting: HashMap<u64, Completion> = state.completions.into_iter().map(|c| (c.sample, c)).collect();
+                let memory = match prompts.sampling {
+                    // Examples in flight are no part of a checkpoint: they are fetched again.
+                    None => state.controller,
+                    Some(_) => {
+                        let is_there = |name: &SampleRef| {
+                            waiting.get(&name.sample).is_some_and(|completion| completion.version == name.version)
+                        };
+                        state.controller.keeping(is_there, &plan)
+                    }
+                };
+                let controller = Controller::resume(plan.clone(), memory);
                 let step = controller.step();
                 (RunFolder::open_existing(&run_folder)?, controller, waiting, state.history, state.tally, Some(step))
             }
@@ -128,7 +140,6 @@ impl Session {
             trainer: Trainer { student, training },
             teachers,
             controller,
-            train_batch: plan.train_batch,
             waiting,
             items: HashMap::new(),
             queues,
@@ -166,7 +177,7 @@ impl Session {
             };
             let step = self.controller.step();
             let done = match order {
-                Order::Generate { prompts, version, .. } => self.generate(&prompts, version),
+                Order::Generate { prompts, only, version } => self.generate(&prompts, &only, version),
                 Order::Train { step, share, outdated, .. } => {
                     let samples: Vec<u64> = share.iter().map(|s| s.sample).collect();
                     let outdated: Vec<u64> = outdated.iter().map(|s| s.sample).collect();
@@ -202,7 +213,7 @@ impl Session {
         self.prompts.sampling.is_none()
     }
 
-    fn generate(&mut self, ordinals: &[u64], version: u64) -> Result<Option<Did>> {
+    fn generate(&mut self, ordinals: &[u64], only: &[u64], version: u64) -> Result<Option<Did>> {
         if self.is_sft() {
             let jobs = writer::items(&self.base, &mut self.prompts, ordinals)?;
             let samples = jobs.iter().map(|j| j.ordinal).collect();
@@ -213,7 +224,7 @@ impl Session {
         let stop = self.stop.clone();
         let model = self.trainer.student.model.as_mut();
         let written =
-            writer::write(&self.base, &mut self.prompts, model, ordinals, &[], version, &mut |_| Ok(()), &|| {
+            writer::write(&self.base, &mut self.prompts, model, ordinals, only, version, &mut |_| Ok(()), &|| {
                 stop.is_set()
             })?;
         let Some(written) = written else {
@@ -390,7 +401,7 @@ impl Session {
         let step = self.controller.step();
         let exported = self.export(step)?;
         let checkpoint = self.writer.wait()?.or(Some(exported));
-        let summary = self.books.finish(step, step * self.train_batch, checkpoint)?;
+        let summary = self.books.finish(step, self.controller.memory().trained(), checkpoint)?;
         Ok(Outcome::Done { summary: Box::new(summary) })
     }
 }

@@ -3,7 +3,8 @@
 //! A replica's ranks are threads of one process ([`cosmos_parallel::ThreadWorld`]) that run the same role, each with its rank
 //! of the model. What they need of each other goes through the model; which samples are whose is [`crate::student::Place`].
 
-use cosmos_config::{Config, Distillation, Dtype, Parallelism, Reshard as ConfigReshard, Train};
+use cosmos_config::{Config, Distillation, Dtype, Parallelism, Quantization, Reshard as ConfigReshard, Train};
+use cosmos_engine::model::WeightFormat;
 use cosmos_engine::sharded::{Reshard, Rounding, ShardOptions};
 use cosmos_parallel::{Mesh, ParallelDims, RankGroups};
 
@@ -81,6 +82,27 @@ fn rounding(dtype: Dtype) -> Rounding {
         Dtype::Bfloat16 => Rounding::Bf16,
         Dtype::Float16 => Rounding::F16,
     }
+}
+
+/// In which format the rollout holds the student's weights.
+pub fn rollout_format(config: &Config) -> WeightFormat {
+    match (config.rollout.quantization, config.train.transfer_dtype) {
+        (Quantization::Int8, _) => WeightFormat::Int8 { head: config.rollout.quantize_head },
+        (_, Some(Dtype::Bfloat16)) if is_native(config) => WeightFormat::Bf16,
+        _ => WeightFormat::F32,
+    }
+}
+
+/// In which format a teacher that is not cut holds its weights.
+pub fn teacher_format(config: &Config) -> WeightFormat {
+    match config.distillation.master_dtype {
+        Dtype::Bfloat16 if is_native(config) => WeightFormat::Bf16,
+        _ => WeightFormat::F32,
+    }
+}
+
+fn is_native(config: &Config) -> bool {
+    config.host.device == "cpu"
 }
 
 /// The frozen model in `folder` as one rank of a teacher.

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use cosmos_broker::Store;
-use cosmos_config::WeightsTransport;
 
 use crate::error::{Result, RunError};
 
@@ -163,44 +162,6 @@ impl Shelf for StoreShelf {
     }
 }
 
-/// The shelf `name` (`weights`, `teachers/<name>`) of a run, where `host.weights_transport` says. `prefix` stands before keys
-/// in the store and tells runs apart.
-///
-/// # Errors
-/// A role that does not have what the transport needs.
-pub fn of_run(
-    transport: WeightsTransport,
-    run_folder: Option<&Path>,
-    store: Option<Arc<dyn Store>>,
-    prefix: &str,
-    name: &str,
-) -> Result<Arc<dyn Shelf>> {
-    let refused = |message: &str, hint: &str| RunError::config("", message, hint);
-    match (transport, run_folder, store) {
-        (WeightsTransport::Auto | WeightsTransport::Folder, Some(folder), _) => {
-            Ok(Arc::new(FolderShelf::open(&folder.join(name))?))
-        }
-        (WeightsTransport::Auto | WeightsTransport::Folder, None, _) => Err(refused(
-            "weights and teachers' heads travel through the run folder, which this role was not given",
-            "pass the run folder, or set `host.weights_transport = \"store\"` for machines without a shared one",
-        )),
-        (WeightsTransport::Store, _, Some(store)) => {
-            Ok(Arc::new(StoreShelf::new(store, &format!("{prefix}/{name}"), STORE_KEEP_MS)))
-        }
-        (WeightsTransport::Store, _, None) => Err(refused(
-            "`host.weights_transport = \"store\"` needs the broker's store, which this role has not",
-            "set `redis`, or use `host.weights_transport = \"folder\"`",
-        )),
-        (WeightsTransport::Nccl, ..) => Err(refused(
-            "`host.weights_transport = \"nccl\"` asks for weights that travel between GPUs, which is not supported",
-            "use `\"auto\"`",
-        )),
-    }
-}
-
-/// Files in a store outlive the longest pause of a run that goes on, and no run for ever.
-const STORE_KEEP_MS: u64 = 7 * 24 * 3600 * 1000;
-
 pub(crate) fn too_long(place: String, name: &str, bytes: u64, bytes_max: u64) -> RunError {
     RunError::shared(
         place,
@@ -254,26 +215,5 @@ mod tests {
         shelf.remove("v1").unwrap();
         shelf.remove("v1").unwrap();
         assert_eq!(shelf.get("v1", 5).unwrap(), None);
-    }
-
-    #[test]
-    fn the_transport_decides_where_files_lie() {
-        use WeightsTransport::{Auto, Folder, Nccl, Store};
-        let dir = tempfile::tempdir().unwrap();
-        let store: Arc<dyn cosmos_broker::Store> = Arc::new(cosmos_broker::MemoryStore::default());
-        let open = |transport, folder: bool, stored: bool| {
-            let folder = folder.then_some(dir.path());
-            of_run(transport, folder, stored.then(|| store.clone()), "run-1", "teachers/math")
-        };
-        for transport in [Auto, Folder] {
-            open(transport, true, true).unwrap().put("x", b"1").unwrap();
-            assert!(dir.path().join("teachers/math/x").is_file());
-            let error = open(transport, false, true).err().unwrap();
-            assert!(error.hint().unwrap().contains("\"store\""), "{error}");
-        }
-        open(Store, true, true).unwrap().put("y", b"2").unwrap();
-        assert!(!dir.path().join("teachers/math/y").exists());
-        assert_eq!(open(Store, false, true).unwrap().get("y", 9).unwrap().as_deref(), Some(&b"2"[..]));
-        assert!(open(Store, true, false).is_err() && open(Nccl, true, true).is_err());
     }
 }

@@ -41,6 +41,12 @@ impl StopFlag {
         Ok(Self(flag))
     }
 
+    /// Asks the run to leave.
+    #[cfg(test)]
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
     /// Whether the run shall leave.
     pub fn is_set(&self) -> bool {
         self.0.load(Ordering::Relaxed)

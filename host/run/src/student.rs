@@ -198,14 +198,6 @@ impl Student {
                 hint: "resume with the configuration that wrote it".into(),
             })
     }
-
-    /// Takes the weights as they are in `weights`, and forgets the optimizer's state.
-    pub fn take_weights(&mut self, weights: &[HostTensor], folder: &Path) -> Result<()> {
-        write_weights(self.model.as_mut(), weights, folder)?;
-        self.model.zero_grads();
-        self.reset_optimizer();
-        Ok(())
-    }
 }
 
 /// Copies of a model's weights by name.

@@ -13,6 +13,7 @@ use cosmos_engine::model::{Model, ModelConfig};
 use cosmos_engine::objective::ObjectiveSpec;
 use cosmos_engine::score::{ABSENT, ScoreOptions, ScoreRequest, Scored, score};
 use cosmos_parallel::RankGroups;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, Role};
 use crate::rollout::Completion;
@@ -20,7 +21,7 @@ use crate::student::Place;
 use crate::weights::{decode, encode};
 
 /// What the teacher says about one completion; every vector follows the scored tokens.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Answer {
     /// Log-prob of each token.
     pub logprobs: Vec<f32>,
@@ -37,7 +38,7 @@ pub struct Answer {
 }
 
 /// The last hidden states of one teacher.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct TeacherHidden {
     /// Which of the run's teachers.
     pub teacher: usize,

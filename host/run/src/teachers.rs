@@ -20,6 +20,7 @@ use crate::offers::quoted;
 use crate::plugins::text_of;
 use crate::prepare::{Base, model_folder, place};
 use crate::rollout::Completion;
+use crate::shards;
 use crate::teacher::{self, Answer, TeacherHidden, TeacherRole, TeacherStats, Wanted};
 
 /// A teacher as every role knows it: checked, not loaded.
@@ -124,8 +125,9 @@ impl TeacherSpec {
     ///
     /// # Errors
     /// Those of the engine.
-    pub fn load(&self, device: &str) -> Result<TeacherRole> {
-        let model = model::load(&self.folder, device).role("teacher")?;
+    pub fn load(&self, config: &Config) -> Result<TeacherRole> {
+        let format = shards::teacher_format(config);
+        let model = model::load_frozen(&self.folder, &config.host.device, format).role("teacher")?;
         Ok(TeacherRole::new(&self.name, model, self.wanted))
     }
 }

@@ -164,19 +164,20 @@ impl WeightPublisher {
         self.kept.last().map(|m| m.version)
     }
 
-    /// Publishes `version`, one tensor at a time, and prunes. Versions at or after it, left by a run that was rolled back,
-    /// are withdrawn first.
+    /// Publishes `version`, one tensor at a time, and prunes. Versions at or after it are withdrawn first: they were left by
+    /// a run that was rolled back, or somebody could not read them. Nothing that lies there is relied on then.
     ///
     /// # Errors
     /// Those of the shelf (a full disk among them). The older versions can be read as before then.
     pub fn publish(&mut self, version: u64, tensors: impl Iterator<Item = HostTensor>) -> Result<Published> {
-        if self.kept.last().is_some_and(|last| last.version >= version) {
+        let again = self.kept.last().is_some_and(|last| last.version >= version);
+        if again {
             let withdrawn: Vec<Manifest> = self.kept.extract_if(.., |m| m.version >= version).collect();
             self.write_versions()?;
             self.sweep(withdrawn)?;
         }
         let mut before: HashMap<String, Entry> = HashMap::new();
-        if let Some(last) = self.kept.last().filter(|last| last.dtype == self.dtype && !spread(last)) {
+        if let Some(last) = self.kept.last().filter(|last| !again && last.dtype == self.dtype && !spread(last)) {
             before.extend(last.tensors.clone());
         }
         let mut manifest =

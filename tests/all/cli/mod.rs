@@ -34,6 +34,10 @@ fn told(arguments: &[&str]) -> String {
 
 /// Compares with `snapshots/<name>.snap`; paths of this machine, versions and times are masked.
 fn assert_told(name: &str, arguments: &[&str]) {
+    assert_snapshot(name, &told(arguments));
+}
+
+fn assert_snapshot(name: &str, text: &str) {
     let mut settings = insta::Settings::clone_current();
     settings.set_snapshot_path(here().join("snapshots"));
     settings.set_prepend_module_to_snapshot(false);
@@ -44,7 +48,7 @@ fn assert_told(name: &str, arguments: &[&str]) {
     settings.add_filter(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z?", "[time]");
     settings.add_filter(r"\b\d{14}\b", "[timestamp]");
     settings.add_filter(&format!(r"cosmos-host {}", regex_of(env!("CARGO_PKG_VERSION"))), "cosmos-host [version]");
-    settings.bind(|| insta::assert_snapshot!(name, told(arguments)));
+    settings.bind(|| insta::assert_snapshot!(name, text));
 }
 
 /// `text` as a pattern that matches only itself.
@@ -232,6 +236,38 @@ fn doctor_reports_every_check_as_json() {
     let ready = checks.iter().all(|c| c["status"] != "problem");
     assert_eq!(report["ready"], ready);
     assert_eq!(output.status.code(), Some(if ready { 0 } else { 1 }));
+}
+
+/// What a launch would stumble over, each with its fix. Only what does not depend on this machine is shown.
+#[test]
+fn doctor_names_what_a_launch_would_stumble_over() {
+    let taken = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let programs = here_temporary().join("programs");
+    std::fs::create_dir_all(&programs).unwrap();
+    // A cluster's login node whose `srun` is missing.
+    std::fs::write(programs.join("sbatch"), "#!/bin/sh\n").unwrap();
+    let runnable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(programs.join("sbatch"), runnable).unwrap();
+    let asked = |more: &[&str]| {
+        let mut command = cosmos_host();
+        command.env("PATH", &programs).args(["doctor", "--config", "good.toml", "--format", "json"]).args(more);
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let told = |check: &serde_json::Value| {
+            let id = check["id"]
+                .as_str()
+                .filter(|id| ["srun", "plugin_files", "container", "broker", "placement", "ports"].contains(id))?;
+            let text = |key: &str| check[key].as_str().unwrap_or("-").replace(&port, "[port]");
+            Some(format!("{id}: {}\n    {}\n    fix: {}\n", text("status"), text("found"), text("fix")))
+        };
+        report["checks"].as_array().unwrap().iter().filter_map(told).collect::<String>()
+    };
+    let url = ["--plugin", "/no/such.wasm", "--container", "/no/such.sqsh", "--set", "redis=redis://127.0.0.1:1/0"];
+    let lost = asked(&[&url[..], &["--port", &port]].concat());
+    let uneven = asked(&["--ranks-per-node", "2", "--set", "policy.parallelism.tp_size=3"]);
+    assert_snapshot("doctor_launch", &format!("{lost}\n{uneven}"));
 }
 
 #[test]

@@ -84,6 +84,13 @@ impl Cluster {
         Self { launcher, run, extra, others: Vec::new() }
     }
 
+    /// Goes on with a run that another has left in `run`.
+    pub fn take_up(run: PathBuf, extra: &[&str]) -> Self {
+        let extra: Vec<String> = extra.iter().map(|set| (*set).to_string()).collect();
+        let launcher = start_launcher(&run, &extra, &["--resume"]);
+        Self { launcher, run, extra, others: Vec::new() }
+    }
+
     /// Goes on with a run that has ended.
     pub fn resume(&mut self) {
         self.others.clear();
@@ -117,7 +124,12 @@ impl Cluster {
             let name = words.iter().skip_while(|word| *word != "--name").nth(1);
             match (words.get(1).map(String::as_str), name) {
                 (Some("controller"), _) => drop(found.insert("controller".to_string(), id)),
-                (_, Some(name)) => drop(found.insert(name.clone(), id)),
+                (_, Some(name)) => {
+                    // The further processes of a replica have its name and a number of their own.
+                    let rank = words.iter().skip_while(|word| *word != "--node-rank").nth(1);
+                    let name = rank.filter(|rank| *rank != "0").map_or(name.clone(), |rank| format!("{name}.{rank}"));
+                    found.insert(name, id);
+                }
                 _ => {}
             }
         }
@@ -199,6 +211,14 @@ impl Cluster {
         RedisBroker::new(link, QueueOptions::new(&run, "teacher"))
     }
 
+    /// Waits until all of these words stand in the logs.
+    pub fn until_said(&self, words: &[&str]) {
+        self.until(&format!("{words:?} in the logs"), || {
+            let said = self.said();
+            words.iter().all(|word| said.contains(word)).then_some(())
+        });
+    }
+
     /// Waits until the run has recorded `steps` steps.
     pub fn wait_for_steps(&self, steps: u64) {
         self.until(&format!("{steps} steps"), || (steps_recorded(&self.run).len() as u64 >= steps).then_some(()));
@@ -244,7 +264,12 @@ impl Cluster {
 
     /// Everything that the processes said, and what the controller says.
     pub fn logs(&self) -> String {
-        let mut all = format!("status: {:#}\n", self.status().unwrap_or_default());
+        format!("status: {:#}\n", self.status().unwrap_or_default()) + &self.said()
+    }
+
+    /// Everything that the processes said.
+    pub fn said(&self) -> String {
+        let mut all = String::new();
         let mut files = vec![self.run.with_extension("launcher.log")];
         files.extend(fs::read_dir(self.run.join("logs")).into_iter().flatten().flatten().map(|entry| entry.path()));
         for file in files {
@@ -331,4 +356,23 @@ pub fn signal(id: u32, name: &str) {
 pub fn is_alive(id: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+/// Asks `name` (or the launcher) to leave while the only policy makes step `step`, which it finishes. The run ends as one that
+/// is to be resumed: the steps that it has recorded.
+pub fn asked_to_stop(cluster: &mut Cluster, name: &str, step: u64) -> u64 {
+    let policy = cluster.freeze("policy-0", "train", &format!("step {step},"));
+    let id = if name == "launcher" { cluster.launcher() } else { cluster.id(name) };
+    signal(id, "TERM");
+    // Held back until the controller knows, a run that is faster than the news would be over. A frozen process knows nothing.
+    if name != "policy-0" {
+        let known = ["asked to leave: saving", &format!("`{name}` was asked to leave and is the last")];
+        cluster.until("the controller to know", || {
+            let said = fs::read_to_string(cluster.run.join("logs/controller.log")).unwrap_or_default();
+            known.iter().any(|words| said.contains(words)).then_some(())
+        });
+    }
+    signal(policy, "CONT");
+    assert_eq!(cluster.wait(), Some(75), "{name}\n{}", cluster.logs());
+    steps_recorded(&cluster.run).len() as u64
 }

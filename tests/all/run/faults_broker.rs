@@ -465,6 +465,9 @@ fn formats_and_transports_between_processes_change_no_bit() {
         ("store", vec!["host.weights_transport=store"]),
         ("logprobs", formats.to_vec()),
         ("hidden", vec!["distillation.top_k=-1", "distillation.hidden_dtype=bfloat16"]),
+        ("sampled-bf16", vec!["distillation.top_k=0", "train.transfer_dtype=bfloat16"]),
+        ("sampled-int8", vec!["distillation.top_k=0", "rollout.quantization=int8"]),
+        ("teacher-bf16", vec!["distillation.top_k=-1", "distillation.master_dtype=bfloat16"]),
     ] {
         let expected = alone(&models, &dir.path().join(format!("{name}-alone/run")), &sets);
         let run = dir.path().join(name);

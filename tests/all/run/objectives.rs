@@ -83,6 +83,39 @@ fn every_objective_makes_steps() {
     }
 }
 
+/// Criterion: below 1e-4 in f32; with fewer bits the metric shows what they cost, and says so without being asked.
+#[test]
+fn the_mismatch_of_rollout_and_training_is_logged() {
+    let models = Models::new();
+    let dir = tempfile::tempdir().unwrap();
+    let mismatch = |name: &str, sets: &[&str]| -> (f64, f64) {
+        let run = dir.path().join(name);
+        let sets: Vec<&str> = sets.iter().copied().chain(["distillation.top_k=0", "train.max_num_steps=2"]).collect();
+        succeed(&mut distil(&models, &run, &sets));
+        let lines = metrics(&run);
+        let of = |metric: &str| {
+            let values = lines.iter().map(|line| line[format!("rollout/logprob_mismatch_{metric}")].as_f64());
+            values.collect::<Option<Vec<f64>>>().unwrap_or_else(|| panic!("{name} logs no mismatch: {lines:#?}"))
+        };
+        let most = |values: Vec<f64>| values.into_iter().fold(0.0, f64::max);
+        (most(of("mean")), most(of("max")))
+    };
+    let collected = "train.train_policy.collect_rollout_logprobs=true";
+    let (mean, max) = mismatch("f32", &[collected]);
+    assert!(max < 1e-4 && mean <= max, "{mean} {max}");
+    // The first update of a step is made under the weights that sampled.
+    let (_, max) = mismatch("several", &[collected, "train.train_policy.batch_size_per_optimize=8"]);
+    assert!(max < 1e-4, "{max}");
+    for (name, set) in [("bf16", "train.transfer_dtype=bfloat16"), ("int8", "rollout.quantization=int8")] {
+        let (narrow_mean, narrow_max) = mismatch(name, &[set]);
+        println!("{name}: mean {narrow_mean:.2e}, max {narrow_max:.2e}; f32: mean {mean:.2e}");
+        assert!(
+            narrow_mean > 10.0 * mean && narrow_max > narrow_mean && narrow_max < 1.0,
+            "{name}: {narrow_mean} {narrow_max}"
+        );
+    }
+}
+
 #[test]
 fn micro_batches_do_not_change_a_step() {
     let models = Models::new();

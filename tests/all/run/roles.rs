@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use cosmos_control::{Target, fetch_status};
+use serde_json::Value;
+
 use super::{Models, host};
 
 /// No run of these tests takes nearly as long.
@@ -30,7 +33,7 @@ pub struct Redis {
 
 impl Redis {
     pub fn start() -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = free_port();
         Self { child: Self::spawn(port), port }
     }
 
@@ -41,10 +44,15 @@ impl Redis {
         command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
     }
 
-    /// Kills it and starts an empty one in its place.
-    pub fn restart_empty(&mut self) {
+    /// Kills it.
+    pub fn kill(&mut self) {
         let _ = self.child.kill();
         self.child.wait().unwrap();
+    }
+
+    /// Kills it and starts an empty one in its place.
+    pub fn restart_empty(&mut self) {
+        self.kill();
         self.child = Self::spawn(self.port);
     }
 }
@@ -54,6 +62,10 @@ impl Drop for Redis {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// Settings of a run that takes seconds; the same for one process and for many.
@@ -100,6 +112,8 @@ pub struct Roles {
     children: BTreeMap<String, Child>,
     logs: PathBuf,
     starts: usize,
+    /// Where the processes of a replica that has two of them meet.
+    rendezvous: BTreeMap<String, u16>,
 }
 
 impl Roles {
@@ -107,7 +121,15 @@ impl Roles {
     pub fn new(dir: &Path, sets: Vec<String>) -> Self {
         let logs = dir.join("logs");
         fs::create_dir_all(&logs).unwrap();
-        Self { run: dir.join("run"), redis: Redis::start(), sets, children: BTreeMap::new(), logs, starts: 0 }
+        Self {
+            run: dir.join("run"),
+            redis: Redis::start(),
+            sets,
+            children: BTreeMap::new(),
+            logs,
+            starts: 0,
+            rendezvous: BTreeMap::new(),
+        }
     }
 
     /// Starts a controller, or goes on with its run.
@@ -117,14 +139,57 @@ impl Roles {
         if resume {
             command.arg("--resume");
         }
+        command.arg("--run").arg(&self.run);
         self.spawn("controller", command);
     }
 
-    /// Starts `policy-0`, `rollout-1` and the like.
+    /// Starts `policy-0`, `rollout-1` and the like. `policy-0.0` and `policy-0.1` are the two processes of `policy-0`.
     pub fn role(&mut self, name: &str) {
         let mut command = host();
-        command.arg(name.split('-').next().unwrap()).args(["--name", name]);
+        let (replica, part) = name.split_once('.').map_or((name, None), |(replica, part)| (replica, Some(part)));
+        command.arg(name.split('-').next().unwrap()).args(["--name", replica]);
+        if let Some(part) = part {
+            let port = *self.rendezvous.entry(replica.to_string()).or_insert_with(free_port);
+            command.args(["--nodes", "2", "--node-rank", part, "--rendezvous", &format!("127.0.0.1:{port}")]);
+        }
+        command.arg("--run").arg(&self.run);
         self.spawn(name, command);
+    }
+
+    /// Starts a role that knows only the controller's address.
+    pub fn role_at(&mut self, name: &str, url: &str, token: &str) {
+        let mut command = host();
+        command.arg(name.split('-').next().unwrap()).args(["--name", name, "--controller", url]);
+        command.env("COSMOS_CONTROL_TOKEN", token);
+        self.spawn(name, command);
+    }
+
+    /// Starts a policy that may write no file of more than `kib_max` KiB.
+    pub fn policy_with_small_files(&mut self, name: &str, kib_max: u64) {
+        let mut command = Command::new("sh");
+        // The signal (XFSZ) would end it before it could say why. The shell counts in blocks of 512 bytes.
+        let script = format!("trap '' 25; ulimit -f {}; exec \"$@\"", kib_max * 2);
+        command.args(["-c", &script, "sh"]).arg(host().get_program()).args(["policy", "--name", name]);
+        let own = host();
+        command.current_dir(own.get_current_dir().unwrap());
+        own.get_envs().filter_map(|(key, value)| Some((key, value?))).for_each(|(key, value)| {
+            command.env(key, value);
+        });
+        command.arg("--run").arg(&self.run);
+        self.spawn(name, command);
+    }
+
+    /// The controller's address and token, once it is there.
+    pub fn control(&mut self) -> (String, String) {
+        let mut found = None;
+        let file = self.run.join("control.json");
+        self.wait_until("`control.json`", || {
+            found = fs::read(&file).ok().and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
+            found.is_some()
+        });
+        let found = found.unwrap();
+        let word = |key: &str| found[key].as_str().unwrap().to_string();
+        (word("url"), word("token"))
     }
 
     /// Starts a controller and these roles.
@@ -136,7 +201,6 @@ impl Roles {
     fn spawn(&mut self, name: &str, mut command: Command) {
         configured(&mut command, &self.sets);
         command.args(["--set", &format!("redis=redis://127.0.0.1:{}", self.redis.port)]);
-        command.arg("--run").arg(&self.run);
         self.starts += 1;
         let log = File::create(self.logs.join(format!("{:02}-{name}.log", self.starts))).unwrap();
         command.stdout(log.try_clone().unwrap()).stderr(log).stdin(Stdio::null());
@@ -154,6 +218,22 @@ impl Roles {
         let deadline = Instant::now() + PATIENCE;
         while self.steps() < steps {
             self.check(deadline, &format!("step {steps}"));
+        }
+    }
+
+    /// Waits until the controller knows a process.
+    pub fn wait_until_joined(&mut self, name: &str) {
+        let target = Target::Run(self.run.clone());
+        let knows =
+            |status: &Value| status["replicas"].as_array().is_some_and(|all| all.iter().any(|r| r["name"] == name));
+        self.wait_until(name, || fetch_status(&target, 1_000).is_ok_and(|status| knows(&status)));
+    }
+
+    /// Waits until `happened` says so.
+    pub fn wait_until(&mut self, what: &str, mut happened: impl FnMut() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !happened() {
+            self.check(deadline, what);
         }
     }
 
@@ -190,6 +270,18 @@ impl Roles {
         match name {
             "controller" => self.controller(true),
             role => self.role(role),
+        }
+    }
+
+    /// Waits for the end of one process.
+    pub fn wait_for_end_of(&mut self, name: &str) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        let mut child = self.children.remove(name).unwrap();
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                return status;
+            }
+            self.check(deadline, &format!("the end of {name}"));
         }
     }
 

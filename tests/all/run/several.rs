@@ -285,6 +285,39 @@ fn names_that_are_unknown_or_unclear_are_refused_with_their_place() {
 }
 
 #[test]
+fn columns_are_trained_on_though_a_plugin_offers_a_dataset() {
+    let bench = Bench::new();
+    let rows = bench.dir.path().join("answers.jsonl");
+    let line = |i: usize| format!("{{\"question\": \"1 {i} 2=3:\", \"answer\": \"{i}+2-1=3\"}}\n");
+    fs::write(&rows, (1..=48).map(line).collect::<String>()).unwrap();
+    let policy = "prompt_column_name = \"question\"\nresponse_column_name = \"answer\"";
+    let columns = format!(
+        "[train.train_policy.dataset]\nname = {rows:?}\n[validation]\nenable = true\nval_before_train = true\n\
+         [host]\ntrain_dataset = \"columns\"\nvalidation_dataset = \"a/validation\"\n"
+    );
+    let config = bench.config(policy, &columns);
+    let imitating = fs::read_to_string(&config).unwrap();
+    let imitating = imitating.replace("type = \"grpo\"", "type = \"sft\"").replace("on_policy = true\n", "");
+    fs::write(&config, imitating).unwrap();
+    let run = || bench.command(&config, "run", &[&bench.a]);
+    let plan = succeed(run().arg("--dry-run"));
+    check(&plan, 0, &["columns of", "answers.jsonl (48 prompts)", "validation dataset: a/validation (8 prompts)"]);
+    succeed(&mut run());
+    let run = bench.out("run");
+    let trained = trained(&run);
+    assert_eq!(trained.len(), 3);
+    // `4+2-1=3` and its end are eight characters, with two digits nine.
+    assert!(
+        trained.iter().all(|step| (16.0 * 8.0..=16.0 * 9.0).contains(&number(step, "train/tokens"))),
+        "{trained:#?}"
+    );
+    assert!(number(&metrics(&run)[0], "val/reward_avg").is_finite());
+    // Beside a dataset of a plugin they are refused.
+    let config = bench.config("reward_function = \"b/one\"", "[host]\ntrain_dataset = [\"a/train\", \"columns\"]");
+    bench.refused(&mut bench.both(&config, "refused"), &["run.toml:28:", "`columns` beside", "the columns alone"]);
+}
+
+#[test]
 fn a_table_for_no_plugin_and_an_idle_plugin_are_warned_of() {
     let bench = Bench::new();
     let config = bench.config(

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::RedisLink;
 use super::scripts::{GROUP, RECLAIMED, Scripts};
-use crate::broker::{REQUEST_QUEUE, RESULT_STORE};
+use crate::broker::{REQUEST_QUEUE, RESULT_STORE, Scored};
 use crate::wire::frame::FrameLimits;
 use crate::wire::native::{self, WireFloats};
 use crate::{
@@ -112,6 +112,22 @@ impl Pace {
         self.pause = (self.pause * 2).min(Duration::from_millis(100));
         true
     }
+}
+
+/// Each of them once, in their order.
+pub(super) fn unique(ids: &[SampleId]) -> Vec<SampleId> {
+    let mut seen = HashSet::with_capacity(ids.len());
+    ids.iter().copied().filter(|id| seen.insert(*id)).collect()
+}
+
+/// The answer of a fetch that has read `found` of `ids`, and lets go of that.
+pub(super) fn arrived(broker: &dyn Broker, ids: &[SampleId], mut found: HashMap<SampleId, Scored>) -> Fetched {
+    let taken: Vec<SampleId> = ids.iter().copied().filter(|id| found.contains_key(id)).collect();
+    // They are here; whether the server hears that they may go is its own affair, they expire.
+    if let Err(error) = broker.forget(&taken) {
+        tracing::warn!("fetched results could not be deleted and stay until they expire: {error}");
+    }
+    Fetched::of(ids, |id| found.remove(id))
 }
 
 impl RedisBroker {
@@ -285,11 +301,7 @@ impl RedisBroker {
     }
 
     /// Reads the outcomes of `ids` into `found`. A damaged one is rejected and forgotten.
-    fn read(
-        &self,
-        ids: &[SampleId],
-        found: &mut HashMap<SampleId, std::result::Result<TeacherResult, String>>,
-    ) -> Result<()> {
+    fn read(&self, ids: &[SampleId], found: &mut HashMap<SampleId, Scored>) -> Result<()> {
         type Outcome = (Option<Vec<u8>>, Option<Vec<u8>>, Option<u64>);
         for some in ids.chunks(RESULTS_AT_ONCE) {
             let outcomes: Vec<Outcome> = self.link.run("fetching results", |c| {
@@ -474,8 +486,7 @@ impl Broker for RedisBroker {
     }
 
     fn fetch(&self, ids: &[SampleId], wait_ms_max: u64) -> Result<Fetched> {
-        let mut seen = HashSet::with_capacity(ids.len());
-        let ids: Vec<SampleId> = ids.iter().copied().filter(|id| seen.insert(*id)).collect();
+        let ids = unique(ids);
         let mut pace = Pace::new(wait_ms_max);
         let mut found = HashMap::with_capacity(ids.len());
         loop {
@@ -492,20 +503,7 @@ impl Broker for RedisBroker {
                 break;
             }
         }
-        let taken: Vec<SampleId> = ids.iter().copied().filter(|id| found.contains_key(id)).collect();
-        // They have arrived; whether the server hears that they may go is its own affair, they expire.
-        if let Err(error) = self.forget(&taken) {
-            tracing::warn!("fetched results could not be deleted and stay until they expire: {error}");
-        }
-        let mut fetched = Fetched::default();
-        for id in ids {
-            match found.remove(&id) {
-                Some(Ok(result)) => fetched.results.push(result),
-                Some(Err(reason)) => fetched.failed.push((id, reason)),
-                None => fetched.missing.push(id),
-            }
-        }
-        Ok(fetched)
+        Ok(arrived(self, &ids, found))
     }
 
     fn forget(&self, ids: &[SampleId]) -> Result<()> {

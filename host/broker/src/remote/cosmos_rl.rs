@@ -14,9 +14,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use redis::Script;
 
 use super::RedisLink;
-use super::broker::Pace;
+use super::broker::{Pace, arrived, unique};
 use super::scripts::{RECLAIMED, Scripts};
-use crate::broker::REQUEST_QUEUE;
+use crate::broker::{REQUEST_QUEUE, Scored};
 use crate::wire::cosmos_rl::{self as wire, Request, Scores, WireLimits};
 use crate::{
     Broker, BrokerError, BrokerLimits, BrokerStats, Completion, Delivery, Fetched, Result, Rows, SampleId,
@@ -369,7 +369,7 @@ impl CosmosRlBroker {
         Ok(result)
     }
 
-    fn read(&self, ids: &[SampleId], found: &mut HashMap<SampleId, TeacherResult>) -> Result<usize> {
+    fn read(&self, ids: &[SampleId], found: &mut HashMap<SampleId, Scored>) -> Result<usize> {
         type Row = (Option<Vec<u8>>, (Option<u64>, Option<Vec<u8>>, Option<usize>, Option<u8>));
         let mut read = 0;
         for some in ids.chunks(AT_ONCE) {
@@ -399,7 +399,7 @@ impl CosmosRlBroker {
                     .and_then(|scores| self.result(*id, &scores, known.as_ref()));
                 match result {
                     Ok(result) => {
-                        found.insert(*id, result);
+                        found.insert(*id, Ok(result));
                         read += 1;
                     }
                     Err(reason) => {
@@ -568,8 +568,7 @@ impl Broker for CosmosRlBroker {
     }
 
     fn fetch(&self, ids: &[SampleId], wait_ms_max: u64) -> Result<Fetched> {
-        let mut seen = HashSet::with_capacity(ids.len());
-        let ids: Vec<SampleId> = ids.iter().copied().filter(|id| seen.insert(*id)).collect();
+        let ids = unique(ids);
         let mut pace = Pace::new(wait_ms_max);
         let mut found = HashMap::with_capacity(ids.len());
         loop {
@@ -579,18 +578,7 @@ impl Broker for CosmosRlBroker {
                 break;
             }
         }
-        let taken: Vec<SampleId> = ids.iter().copied().filter(|id| found.contains_key(id)).collect();
-        if let Err(error) = self.forget(&taken) {
-            tracing::warn!("fetched results could not be deleted and stay until they expire: {error}");
-        }
-        let mut fetched = Fetched::default();
-        for id in ids {
-            match found.remove(&id) {
-                Some(result) => fetched.results.push(result),
-                None => fetched.missing.push(id),
-            }
-        }
-        Ok(fetched)
+        Ok(arrived(self, &ids, found))
     }
 
     fn forget(&self, ids: &[SampleId]) -> Result<()> {

@@ -178,7 +178,14 @@ impl RedisLink {
             let (address, reason) = (self.address.to_string(), error.to_string());
             let (since, max_ms) = match trouble(&error) {
                 Trouble::Refused => return Err(BrokerError::Refused { address, doing, reason }),
-                Trouble::Full => (full_since.get_or_insert_with(Instant::now), full_ms_max),
+                Trouble::Full => {
+                    let full = *full_since.get_or_insert_with(Instant::now);
+                    if !told && full.elapsed() >= QUIET && full_ms_max > 0 {
+                        told = true;
+                        tracing::warn!("redis `{address}` takes nothing in while {doing}: {reason}; trying again");
+                    }
+                    (full_since.get_or_insert_with(Instant::now), full_ms_max)
+                }
                 Trouble::Away => {
                     full_since = None;
                     let away = *away_since.get_or_insert_with(Instant::now);

@@ -12,7 +12,7 @@ pub use address::RedisAddress;
 pub use broker::{QueueOptions, RedisBroker, Rejected};
 pub use cosmos_rl::{CosmosRlBroker, CosmosRlOptions, PromptOf, RowOf};
 pub use link::{RedisLimits, RedisLink};
-pub use server::{RedisServer, ServerOptions, open_or_start};
+pub use server::{RedisServer, ServerConfig, ServerOptions, open_or_start};
 pub use store::RedisStore;
 
 #[cfg(test)]

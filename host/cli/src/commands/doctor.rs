@@ -8,6 +8,7 @@ use comfy_table::{Cell, Table, presets};
 use crate::args::Overrides;
 use crate::commands::TableOrJson;
 use crate::commands::config::resolve;
+use crate::commands::launch::sizes::SizeArgs;
 use crate::doctor::{self, Launch, Report, Status};
 use crate::failure::{Exit, Failure};
 use crate::output::Output;
@@ -18,7 +19,7 @@ pub struct Args {
     /// A table to read, or JSON for programs
     #[arg(long, value_name = "FORMAT", default_value = "table")]
     format: TableOrJson,
-    /// Also check what a launch of this config needs: Redis, ports
+    /// Also check what a launch of this config needs on this node: placement, GPUs, Redis, ports
     #[arg(long, short, value_name = "FILE", value_hint = ValueHint::FilePath)]
     config: Option<PathBuf>,
     #[command(flatten)]
@@ -29,12 +30,32 @@ pub struct Args {
     /// Also check this container image of a launch
     #[arg(long, value_name = "IMAGE")]
     container: Option<String>,
+    /// GPUs of one node, as they are given to the launch [default: 8; none where `host.device` is a CPU]
+    #[arg(long, value_name = "N", requires = "config")]
+    gpus_per_node: Option<usize>,
+    /// Nodes, as they are given to the launch [default: as many as are needed]
+    #[arg(long, value_name = "N", requires = "config")]
+    nodes: Option<usize>,
+    /// Which of its nodes this machine will be, from 0
+    #[arg(long, value_name = "N", requires = "config", default_value_t = 0)]
+    worker_idx: usize,
+    #[command(flatten)]
+    sizes: SizeArgs,
 }
 
 /// Exit 1 when a run would suffer or fail on this machine.
 pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
     let resolved = args.config.as_deref().map(|file| resolve(file, &args.overrides.set)).transpose()?;
-    let report = doctor::examine(&Launch { resolved, plugins: args.plugins, container: args.container });
+    let place = |resolved| args.sizes.place(resolved, args.gpus_per_node, args.nodes).map_err(doctor::why);
+    let launch = Launch {
+        placement: resolved.as_ref().map(place),
+        one_process: args.sizes.one_process,
+        node: args.worker_idx,
+        resolved,
+        plugins: args.plugins,
+        container: args.container,
+    };
+    let report = doctor::examine(&launch);
     match args.format {
         TableOrJson::Json => out.json(&report)?,
         TableOrJson::Table => print(&report, out)?,

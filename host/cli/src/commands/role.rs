@@ -7,7 +7,7 @@ use cosmos_broker::RedisServer;
 use cosmos_config::Wire;
 use cosmos_control::TOKEN_VARIABLE;
 use cosmos_launch::{BROKER_VARIABLE, REDIS_FOLDER_VARIABLE, RESTARTED_VARIABLE};
-use cosmos_run::roles::{self, RoleOptions, RoleOutcome};
+use cosmos_run::roles::{self, ReplicaPart, RoleOptions, RoleOutcome};
 
 use crate::args::ConfigArgs;
 use crate::commands::config::resolve;
@@ -58,6 +58,29 @@ pub struct Args {
     /// Name of this replica, unique in the run [default: made of role, host and process]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    #[command(flatten)]
+    part: PartArgs,
+}
+
+/// Which process of its replica a policy or teacher is.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "A policy or teacher over several processes")]
+struct PartArgs {
+    /// Which of its processes this is, from 0; the first one speaks for the others
+    #[arg(long, value_name = "N", requires_all = ["nodes", "rendezvous", "name"])]
+    node_rank: Option<usize>,
+    /// How many processes it has, each with as many of its ranks
+    #[arg(long, value_name = "N", requires = "node_rank")]
+    nodes: Option<usize>,
+    /// Where its first process waits for the others: the same address for all, reachable from each
+    #[arg(long, value_name = "HOST:PORT", requires = "node_rank")]
+    rendezvous: Option<String>,
+}
+
+impl PartArgs {
+    fn part(self) -> Option<ReplicaPart> {
+        Some(ReplicaPart { node: self.node_rank?, nodes: self.nodes?, rendezvous: self.rendezvous? })
+    }
 }
 
 type Role = fn(RoleOptions) -> cosmos_run::Result<RoleOutcome>;
@@ -73,6 +96,7 @@ pub fn controller(args: ControllerArgs) -> Result<Exit, Failure> {
         controller_url: None,
         token: variable(TOKEN_VARIABLE),
         name: None,
+        part: None,
         broker_url: variable(BROKER_VARIABLE),
         resume: args.resume,
         restarted: variable(RESTARTED_VARIABLE).is_some(),
@@ -83,7 +107,10 @@ pub fn controller(args: ControllerArgs) -> Result<Exit, Failure> {
     if std::os::unix::process::parent_id() != launcher
         && let Some(folder) = variable(REDIS_FOLDER_VARIABLE)
     {
-        RedisServer::end_former(Path::new(&folder));
+        match RedisServer::take_over(Path::new(&folder)) {
+            Ok(left_behind) => drop(left_behind),
+            Err(error) => tracing::warn!("the launcher's Redis may be left over: {error}"),
+        }
     }
     ended
 }
@@ -95,6 +122,10 @@ pub fn policy(args: Args) -> Result<Exit, Failure> {
 
 /// Runs a rollout.
 pub fn rollout(args: Args) -> Result<Exit, Failure> {
+    if args.part.node_rank.is_some() {
+        return Err(Failure::usage("a rollout is one process, and `--node-rank` says that it has several")
+            .with_hint("more rollouts come with more processes of other names"));
+    }
     join(roles::rollout, Who::Other, args)
 }
 
@@ -118,6 +149,7 @@ fn join(role: Role, who: Who, args: Args) -> Result<Exit, Failure> {
     if let Some(url) = args.controller.as_ref().filter(|url| !url.starts_with("http://")) {
         return Err(Failure::usage(format!("`--controller {url}` is no `http://` address")));
     }
+    let part = args.part.part();
     let (resolved, run_folder) = resolved(&args.common, args.run.as_deref())?;
     let alone = args.run.is_none() && args.controller.is_none();
     let foreign = resolved.config.distillation.enable && resolved.config.distillation.wire == Wire::CosmosRl;
@@ -137,6 +169,7 @@ fn join(role: Role, who: Who, args: Args) -> Result<Exit, Failure> {
         controller_url: args.controller,
         token,
         name: args.name,
+        part,
         broker_url: if alone { variable(BROKER_VARIABLE) } else { None },
         resume: false,
         restarted: false,

@@ -1,15 +1,18 @@
 //! What a launch would stumble over: asked for by the options of `doctor`, so it may look at the network.
 
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use cosmos_broker::RedisAddress;
-use cosmos_config::Resolved;
-use cosmos_launch::placement::Ports;
+use cosmos_config::{Config, Resolved};
+use cosmos_launch::Machine;
+use cosmos_launch::placement::Placement;
 
 use super::files::program;
 use super::{Finding, Status};
+use crate::failure::Failure;
 
 const CONNECT_WAIT_MAX: Duration = Duration::from_secs(3);
 
@@ -22,6 +25,23 @@ pub struct Launch {
     pub plugins: Vec<PathBuf>,
     /// A container's image.
     pub container: Option<String>,
+    /// Where its processes go, or why they go nowhere.
+    pub placement: Option<Result<Placement, Refusal>>,
+    /// Everything in one process.
+    pub one_process: bool,
+    /// Which of the run's nodes this machine will be.
+    pub node: usize,
+}
+
+/// Why a run cannot be placed, and the fix.
+pub type Refusal = (String, String);
+
+/// A failure to place a run, in a line.
+pub fn why(failure: Failure) -> Refusal {
+    let notice = failure.notices().first();
+    let message = notice.map(|notice| notice.message.clone()).unwrap_or_default();
+    let hint = notice.and_then(|notice| notice.hint.clone());
+    (message, hint.unwrap_or_else(|| "`cosmos-host launch plan` with the same options".to_owned()))
 }
 
 /// Looks at it; nothing for a launch of nothing.
@@ -34,8 +54,15 @@ pub fn checks(launch: &Launch) -> Vec<Finding> {
         found.push(container(image));
     }
     if let Some(resolved) = &launch.resolved {
-        found.push(broker(&resolved.config.redis));
-        found.push(ports(&resolved.config.redis));
+        if !launch.one_process {
+            found.push(broker(&resolved.config.redis));
+        }
+        if let Some(placement) = &launch.placement {
+            found.push(placed(launch, placement));
+        }
+        if let Some(Ok(placement)) = &launch.placement {
+            found.push(ports(launch, &resolved.config, placement));
+        }
     }
     found
 }
@@ -113,31 +140,109 @@ fn broker(redis: &str) -> Finding {
     .detail("address", shown)
 }
 
-fn ports(redis: &str) -> Finding {
-    let needed_for = "the first node of a launched run";
-    let Ports { controller, redis: own, .. } = Ports::default();
-    let mut wanted = vec![("--port", controller)];
-    if !redis.contains("://") {
-        wanted.push(("--redis-port", redis.parse().unwrap_or(own)));
+/// Whether a run can be placed, and whether this node has the GPUs that it is given.
+fn placed(launch: &Launch, placement: &Result<Placement, Refusal>) -> Finding {
+    let needed_for = "the launch of this run";
+    let placement = match placement {
+        Ok(placement) => placement,
+        Err((message, hint)) => {
+            return Finding::new("placement", needed_for, Status::Problem, message.clone()).fix(hint.clone());
+        }
+    };
+    let wanted: usize = placement.on_node(launch.node).map(|(_, part)| part.devices.len()).sum();
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    let there = Machine::this(visible.as_deref()).gpus.len();
+    let nodes = if placement.nodes == 1 { "node" } else { "nodes" };
+    let finding = if launch.node >= placement.nodes {
+        let found = format!("node {} does not exist: the run has {} {nodes}", launch.node, placement.nodes);
+        Finding::new("placement", needed_for, Status::Problem, found)
+            .fix("correct `--worker-idx` or `--nodes`; `cosmos-host launch plan` shows the nodes")
+    } else if wanted > there {
+        let found = format!("node {} needs {wanted} GPUs, and this machine has {there}", launch.node);
+        Finding::new("placement", needed_for, Status::Missing, found).fix(
+            "look again on a node of the job; or give `--gpus-per-node`, or lower the sizes in the parallelism tables",
+        )
+    } else {
+        let found = format!(
+            "{} {nodes}, {} processes on node {}",
+            placement.nodes,
+            placement.on_node(launch.node).count(),
+            launch.node
+        );
+        Finding::new("placement", needed_for, Status::Ok, found)
+    };
+    finding.detail("nodes", placement.nodes).detail("gpus_wanted", wanted).detail("gpus", there)
+}
+
+/// A port that the launch will listen on here, and where its number comes from.
+struct Port {
+    number: u16,
+    from: String,
+    /// Whether a Redis server that is there already is joined.
+    joins: bool,
+}
+
+/// The ports of this node, as the placement and the config say.
+fn wanted_ports(launch: &Launch, config: &Config, placement: &Placement) -> Vec<Port> {
+    let mut wanted = Vec::new();
+    let mut want = |number: u16, from: &str, joins: bool| {
+        if number != 0 && wanted.iter().all(|port: &Port| port.number != number) {
+            wanted.push(Port { number, from: from.to_owned(), joins });
+        }
+    };
+    if launch.node == 0 && !launch.one_process {
+        want(placement.ports.controller, "--port", false);
+        let own = config.host.control_address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+        want(own.unwrap_or(0), "host.control_address", false);
+        if !config.redis.contains("://") {
+            want(placement.ports.redis, "--redis-port", false);
+            want(config.redis.parse().unwrap_or(0), "redis", true);
+        }
     }
-    let taken: Vec<String> = wanted
-        .iter()
-        .filter(|(_, port)| TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port)).is_err())
-        .map(|(flag, port)| format!("{port} ({flag})"))
-        .collect();
-    let numbers: Vec<u16> = wanted.iter().map(|(_, port)| *port).collect();
+    for (replica, part) in placement.on_node(launch.node) {
+        if replica.parts.len() > 1 && replica.place_of(part) == 0 {
+            want(replica.rendezvous.port, &format!("--rdzv-port, for {}", replica.name), false);
+        }
+    }
+    wanted
+}
+
+fn ports(launch: &Launch, config: &Config, placement: &Placement) -> Finding {
+    let needed_for = "this node of a launched run";
+    let wanted = wanted_ports(launch, config, placement);
+    let is_free = |port: &Port| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port.number)).is_ok();
+    let taken = wanted.iter().filter(|port| !is_free(port) && (!port.joins || !is_redis(port.number)));
+    let taken: Vec<String> = taken.map(|port| format!("{} ({})", port.number, port.from)).collect();
+    let numbers: Vec<u16> = wanted.iter().map(|port| port.number).collect();
     let finding = if taken.is_empty() {
         let shown: Vec<String> = numbers.iter().map(u16::to_string).collect();
-        Finding::new("ports", needed_for, Status::Ok, format!("{} free", shown.join(" and ")))
+        let found = if shown.is_empty() { "none needed".to_owned() } else { format!("{} free", shown.join(", ")) };
+        Finding::new("ports", needed_for, Status::Ok, found)
     } else {
         Finding::new("ports", needed_for, Status::Problem, format!("in use: {}", taken.join(", ")))
-            .fix("choose others by these options, or end what uses them: ss -ltnp")
+            .fix("choose others by these options or keys, or end what uses them: ss -ltnp")
     };
     finding.detail("ports", numbers)
 }
 
+/// Whether a Redis server listens on a port of this machine.
+fn is_redis(port: u16) -> bool {
+    let asked = || -> std::io::Result<bool> {
+        let mut stream = TcpStream::connect_timeout(&(Ipv4Addr::LOCALHOST, port).into(), CONNECT_WAIT_MAX)?;
+        stream.set_read_timeout(Some(CONNECT_WAIT_MAX))?;
+        stream.write_all(b"PING\r\n")?;
+        let mut answer = [0; 5];
+        stream.read_exact(&mut answer)?;
+        // One with a password says so.
+        Ok(answer == *b"+PONG" || answer == *b"-NOAU")
+    };
+    asked().unwrap_or(false)
+}
+
 #[cfg(test)]
 mod tests {
+    use cosmos_launch::placement::{Demand, Ports, Role, Space, place};
+
     use super::*;
 
     fn finding(launch: &Launch, id: &str) -> Finding {
@@ -156,6 +261,7 @@ mod tests {
             container: Some("/no/such.sqsh".into()),
             // Port 1 of this machine: nothing listens there.
             resolved: config("redis://user:hidden@127.0.0.1:1/0"),
+            ..Launch::default()
         };
         for (id, needle) in
             [("plugin_files", "/no/such.wasm"), ("container", "/no/such.sqsh"), ("broker", "127.0.0.1:1 cannot")]
@@ -172,11 +278,29 @@ mod tests {
 
     #[test]
     fn a_port_in_use_is_seen() {
-        let taken = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
-        let port = taken.local_addr().unwrap().port();
-        let launch = Launch { resolved: config(&port.to_string()), ..Launch::default() };
-        let found = finding(&launch, "ports");
-        assert!(found.status == Status::Problem && found.found.contains(&port.to_string()), "{found:?}");
+        let listening = || TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        let (controller, redis, meeting) = (listening(), listening(), listening());
+        let number = |listener: &TcpListener| listener.local_addr().unwrap().port();
+        let ports = Ports { controller: number(&controller), redis: number(&redis), first: number(&meeting) };
+        let space = Space { gpus_per_node: 0, cores_per_node: 0, ranks_per_node: 2, nodes: Some(2), ports };
+        let placement = |space: &Space| {
+            place(&[Demand::new(Role::Policy, 1, 4)], space).map_err(|e| (e.to_string(), String::new()))
+        };
+        let launch =
+            |node| Launch { resolved: config(""), placement: Some(placement(&space)), node, ..Launch::default() };
+        let found = finding(&launch(0), "ports");
+        let expected = format!(
+            "in use: {} (--port), {} (--redis-port), {} (--rdzv-port, for policy-0)",
+            ports.controller, ports.redis, ports.first
+        );
+        assert_eq!((found.status, found.found), (Status::Problem, expected));
+        // The second node listens on none of them.
+        assert_eq!(finding(&launch(1), "ports").found, "none needed");
+        assert_eq!(finding(&launch(1), "placement").found, "2 nodes, 1 processes on node 1");
+        assert!(finding(&launch(2), "placement").found.contains("node 2 does not exist"));
+        let refused = placement(&Space { ranks_per_node: 3, ports: Ports { first: 65535, ..ports }, ..space });
+        let launch = Launch { resolved: config(""), placement: Some(refused), ..Launch::default() };
+        assert_eq!(finding(&launch, "placement").status, Status::Problem);
     }
 
     #[test]

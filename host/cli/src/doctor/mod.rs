@@ -9,7 +9,7 @@ mod launch;
 mod machine;
 mod tools;
 
-pub use launch::Launch;
+pub use launch::{Launch, why};
 
 use cosmos_author::manifest::Language;
 use serde::Serialize;

@@ -54,7 +54,7 @@ table! {
         pub seed: Option<i64> = None,
         /// Compile the teacher's blocks where the device can. On the CPU it does nothing.
         pub compile: bool = true,
-        /// Format in which the teacher's weights are kept.
+        /// Format in which the teacher's weights are kept. With `bfloat16` the native engine holds each of them in 16 bits and nothing beside them, a quarter of what it needs for `float32`.
         pub master_dtype: Dtype = Dtype::Float32,
         /// Format of the forward pass on devices that gain from it.
         pub param_dtype: Dtype = Dtype::Bfloat16,

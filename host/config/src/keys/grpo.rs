@@ -124,7 +124,7 @@ table! {
         pub behav_imp_weight_cap: Option<f64> = None,
         /// Completions travel as token ids. Distillation switches this on.
         pub rollout_as_token_ids: bool = false,
-        /// Keep the log-probabilities that sampling gave.
+        /// Keep the log-probabilities that sampling gave; `train/behaviour_ratio_*` then tell how far the trained weights are from those that wrote. (`train/ratio_*` are to the policy before the update, so 1 at the first one.)
         pub collect_rollout_logprobs: bool = false,
         /// Use those log-probabilities as the old policy's; switches on `collect_rollout_logprobs`, excludes `use_decoupled_loss`.
         pub use_rollout_logprobs_for_loss: bool = false,

@@ -14,6 +14,9 @@ table! {
         /// Sequences that the rollout decodes at the same time. Not in the original.
         #[schemars(range(min = 1, max = 65536))]
         pub decode_slots: usize = 64,
+        /// MiB that the keys and values of the sequences being decoded may take; further ones wait until others end. Absent: half of the memory that was free at the start. Not in the original.
+        #[schemars(range(min = 1, max = 16777216))]
+        pub kv_mib_max: Option<usize> = None,
         /// Steps in a row that may be skipped for a loss or gradient that is not finite before the run stops. Not in the original.
         #[schemars(range(min = 1))]
         pub bad_steps_max: usize = 3,
@@ -44,7 +47,7 @@ table! {
         pub broker_wait_ms_max: u64 = 120_000,
         /// Score training completions although rewards are bypassed, as with distillation: the rewards appear in the metrics and change nothing else. Not in the original.
         pub score_bypassed: bool = false,
-        /// The datasets to train on, out of those that the plugins offer, as `plugin/dataset`, or only one of the two names where that is unambiguous. A name or a list: their rows are joined, and an epoch takes each row once. A table of weights (`{ "gsm8k/train" = 0.7, "countdown/train" = 0.3 }`): prompts are mixed in these proportions, in an order that depends on `dataloader_seed` alone; an epoch ends when the first of the datasets is used up, and the others go on in the next epoch where they stopped. Absent: the only training dataset of the plugins, else the columns of `train.train_policy.dataset`. Not in the original.
+        /// The datasets to train on, out of those that the plugins offer, as `plugin/dataset`, or only one of the two names where that is unambiguous. A name or a list: their rows are joined, and an epoch takes each row once. A table of weights (`{ "gsm8k/train" = 0.7, "countdown/train" = 0.3 }`): prompts are mixed in these proportions, in an order that depends on `dataloader_seed` alone; an epoch ends when the first of the datasets is used up, and the others go on in the next epoch where they stopped. `columns` alone: the columns of `train.train_policy.dataset`, though a plugin offers a dataset too. Absent: the only training dataset of the plugins, else those columns. Not in the original.
         pub train_dataset: Option<shapes::DatasetNames> = None,
         /// The held-out datasets, named like those of `host.train_dataset`: a name or a list, whose rows are joined. With several, the reward of each is logged as `val/<plugin>/<dataset>/reward_avg` too. Absent: the only validation dataset of the plugins, else the columns of `validation.dataset`. Not in the original.
         pub validation_dataset: Option<shapes::OneOrMany<String>> = None,

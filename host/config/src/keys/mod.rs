@@ -39,7 +39,7 @@ pub use grpo::{GrpoConfig, LossType, OverlongReward, RemoteReward, RemoteRewardF
 pub use host::{Host, Plugin, WeightsTransport};
 pub use policy::{Lora, Parallelism, PipelineSchedule, Policy};
 pub use records::{Logging, Profiler, SubProfiler};
-pub use rollout::{AsyncConfig, MultiTurn, R2rSync, Rollout, RolloutMode, Sampling, Validation};
+pub use rollout::{AsyncConfig, MultiTurn, Quantization, R2rSync, Rollout, RolloutMode, Sampling, Validation};
 pub use sft::SftConfig;
 pub use train::{Checkpoint, DecayType, Fp4, Fp8, OptimizerImpl, OptimizerName, Reshard, SaveMode, Train, TrainPolicy};
 pub use unused::{Diffusers, DiffusersSample, DiffusersTokenizer, Vla};

@@ -43,8 +43,10 @@ table! {
         pub prefetch_queue_maxsize: usize = 2,
         /// Send frozen parameters with every weight sync too. No effect here in one process.
         pub broadcast_all_params: bool = false,
-        /// Quantized sampling (`none`, `fp8`, `mxfp4`). No effect here.
-        pub quantization: String = "none".into(),
+        /// Format of the weights that completions are sampled with; those that are trained keep theirs. `int8` holds each matrix of the blocks in bytes, with a scale `s = max |w| / 127` for every 128 inputs of an output, so that no weight moves by more than `s / 2`; norms, biases and the embedding stay in `float32`, the head is rounded to bfloat16. It needs `host.device = "cpu"`. What it costs in agreement is logged as `rollout/logprob_mismatch_mean` and `_max`, the difference of a completion's log-probabilities between sampling and training. By default the loss uses those of the trained weights only, as if these had sampled; `train.train_policy.use_rollout_logprobs_for_loss` takes the rollout's as the old policy's, and `use_decoupled_loss` weighs each token by the ratio of the two. `fp8` and `mxfp4` are refused. Sampling in bfloat16 is `train.transfer_dtype = "bfloat16"`.
+        pub quantization: Quantization = Quantization::None,
+        /// With `quantization = "int8"`: hold the head in bytes too. Not in the original.
+        pub quantize_head: bool = false,
         /// Do not capture decode graphs.
         pub enforce_eager: bool = true,
         /// Keep the stop string in the text.
@@ -107,6 +109,20 @@ table! {
         /// Requests at the same time. No effect here.
         pub max_concurrent_requests: i64 = 10,
     }
+}
+
+/// Format of the weights that are sampled with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// That of the transfer.
+    None,
+    /// 8 bits and a scale for each 128 of them. Not in the original.
+    Int8,
+    /// 8 bits of floating point. Refused.
+    Fp8,
+    /// 4 bits of floating point. Refused.
+    Mxfp4,
 }
 
 /// How sampling is driven.

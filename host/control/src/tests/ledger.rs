@@ -27,14 +27,14 @@ fn event(seq: u64) -> Record {
 }
 
 fn write(folder: &Path, count: u64) -> Ledger {
-    let mut ledger = Ledger::open(&path(folder), &identity(), |_| Ok(())).unwrap();
+    let mut ledger = Ledger::open(&path(folder), &identity(), None, |_| Ok(())).unwrap();
     (1..=count).for_each(|seq| ledger.append(&event(seq)).unwrap());
     ledger
 }
 
 fn read(folder: &Path) -> crate::Result<Vec<u64>> {
     let mut seqs = Vec::new();
-    Ledger::open(&path(folder), &identity(), |record| {
+    Ledger::open(&path(folder), &identity(), None, |record| {
         if let Record::Event { seq, .. } = record {
             seqs.push(seq);
         }
@@ -117,7 +117,7 @@ fn a_torn_end_is_cut_off_wherever_it_is_torn() {
     fs::write(path(folder.path()), &holed).unwrap();
     assert_eq!(read(folder.path()).unwrap(), [1, 2, 3]);
     // And it can be written on.
-    let mut ledger = Ledger::open(&path(folder.path()), &identity(), |_| Ok(())).unwrap();
+    let mut ledger = Ledger::open(&path(folder.path()), &identity(), None, |_| Ok(())).unwrap();
     ledger.append(&event(4)).unwrap();
     assert_eq!(fs::read(path(folder.path())).unwrap(), whole);
 }
@@ -156,9 +156,15 @@ fn the_ledger_of_another_run_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     drop(write(folder.path(), 1));
     let other = Identity { version: "2".into(), ..identity() };
-    let error = Ledger::open(&path(folder.path()), &other, |_| Ok(())).err().unwrap();
+    let error = Ledger::open(&path(folder.path()), &other, None, |_| Ok(())).err().unwrap();
     assert!(error.to_string().contains("it belongs to another run: program `1`, and not `2`"), "{error}");
     assert!(error.is_usage());
+    // As written by a version whose header had something else in it.
+    let header = json!({"record": "header", "format": 1, "identity": {"config": "hash"}}).to_string();
+    let line = format!("{:08x} {:08x} {header}\n", crc32c::crc32c(header.as_bytes()), header.len());
+    fs::write(path(folder.path()), line).unwrap();
+    let error = read(folder.path()).err().unwrap();
+    assert!(error.to_string().contains("format 1, and not 2"), "{error}");
     fs::write(path(folder.path()), "not a ledger\n").unwrap();
     assert!(matches!(read(folder.path()), Err(ControlError::Damaged { byte: 0, .. })));
 }

@@ -6,7 +6,7 @@ use cosmos_controller::{Event, Order, Outcome, Role};
 use serde_json::json;
 
 use super::*;
-use crate::{ControlError, End, fetch_status};
+use crate::{ControlError, End, Need, fetch_status};
 
 fn generated() -> Outcome {
     Outcome::Generated { samples: vec![] }
@@ -117,7 +117,7 @@ fn a_second_process_of_the_same_name_replaces_the_first() {
 fn a_missing_role_fails_the_run_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let mut options = options(folder.path());
-    options.needs = vec![Role::Rollout, Role::Teacher];
+    options.needs = vec![Role::Rollout.into(), Role::Teacher.into()];
     options.deadlines = Deadlines { absent_ms_max: 300, ..Deadlines::default() };
     let (endpoint, _reports) = Endpoint::start(options, Rounds::new(2)).unwrap();
     let rollout = client(folder.path(), "a");
@@ -126,6 +126,38 @@ fn a_missing_role_fails_the_run_by_name() {
     assert!(reason.starts_with("no teacher has been there for"), "{reason}");
     let error = rollout.next(0).unwrap_err();
     assert!(matches!(&error, ControlError::RunFailed { reason } if reason.contains("teacher")), "{error}");
+}
+
+#[test]
+fn the_last_of_a_kind_stays_until_the_run_is_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut options = options(folder.path());
+    let one_of = |kind: &'static str| Need::some_of(Role::Teacher, kind, move |name| name.starts_with(kind));
+    options.needs = vec![one_of("math"), one_of("code")];
+    let (endpoint, _reports) = Endpoint::start(options, Rounds::new(9)).unwrap();
+    let teacher = |name| {
+        let teacher = client_as(folder.path(), name, Role::Teacher);
+        teacher.join(None, None, &identity()).unwrap();
+        teacher
+    };
+    let (first, second, code) = (teacher("math-0"), teacher("math-1"), teacher("code-0"));
+    assert!(!first.wish_to_leave().unwrap(), "there is another of its kind");
+    assert_eq!(endpoint.status().unwrap()["state"], "running");
+    assert!(second.wish_to_leave().unwrap(), "`code-0` does not know what it knows");
+    assert_eq!(endpoint.status().unwrap()["state"], "ending");
+    drop(code);
+}
+
+#[test]
+fn a_missing_kind_fails_the_run_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut options = options(folder.path());
+    options.needs = vec![Need::some_of(Role::Teacher, "teacher `math`", |name| name.starts_with("math"))];
+    options.deadlines = Deadlines { absent_ms_max: 300, ..Deadlines::default() };
+    let (endpoint, _reports) = Endpoint::start(options, Rounds::new(2)).unwrap();
+    client_as(folder.path(), "code-0", Role::Teacher).join(None, None, &identity()).unwrap();
+    let Some(End::Failed(reason)) = endpoint.wait(Duration::from_secs(60)) else { panic!("it goes on") };
+    assert!(reason.starts_with("no teacher `math` has been there for"), "{reason}");
 }
 
 #[test]
@@ -211,9 +243,12 @@ fn a_requested_stop_reaches_everybody_and_the_status_tells() {
 fn another_config_name_or_role_is_refused_with_what_differs() {
     let folder = tempfile::tempdir().unwrap();
     let (_endpoint, _reports) = start(folder.path(), 1);
-    let other = Identity { config: "d".repeat(64), ..identity() };
+    let other = Identity { config: [("train.seed".into(), "2".into())].into(), ..identity() };
     let error = client(folder.path(), "a").join(None, None, &other).unwrap_err();
-    assert!(error.to_string().contains("config with SHA-256 dddddddddddd…, and not cccccccccccc…"), "{error}");
+    assert!(
+        error.to_string().contains("it was started differently from the run: `train.seed` is 2, and not 1"),
+        "{error}"
+    );
     assert!(error.is_usage() && error.hint().unwrap().contains("--set"));
     client(folder.path(), "a").join(None, None, &identity()).unwrap();
     let error = client_as(folder.path(), "a", Role::Policy).join(None, None, &identity()).unwrap_err();

@@ -117,6 +117,10 @@ impl Machine for Rounds {
         self.orders.get(replica).cloned()
     }
 
+    fn is_wanted(&self, replica: &str) -> bool {
+        self.orders.contains_key(replica)
+    }
+
     fn snapshot(&self) -> Option<Value> {
         serde_json::to_value(self).ok()
     }
@@ -148,7 +152,7 @@ impl Machine for Rounds {
 }
 
 pub fn identity() -> Identity {
-    Identity { config: "c".repeat(64), plugins: BTreeMap::new(), version: "1".into() }
+    Identity { config: [("train.seed".into(), "1".into())].into(), plugins: BTreeMap::new(), version: "1".into() }
 }
 
 pub fn options(folder: &Path) -> EndpointOptions {

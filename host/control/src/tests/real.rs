@@ -68,7 +68,7 @@ fn a_run_of_the_controller_through_restarts_and_compactions() {
     let folder = tempfile::tempdir().unwrap();
     let begin = || {
         let mut options = options(folder.path());
-        options.needs = vec![Role::Policy, Role::Rollout];
+        options.needs = vec![Role::Policy.into(), Role::Rollout.into()];
         Endpoint::start(options, Controller::new(plan())).unwrap()
     };
     let (mut endpoint, mut reports) = begin();

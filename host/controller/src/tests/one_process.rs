@@ -136,10 +136,14 @@ fn a_resumed_run_goes_on_as_if_never_stopped() {
         let first = drive(&mut controller, stop_after, |p| p % 5 != 2);
         let text = serde_json::to_string(&controller.memory()).unwrap();
         let memory: Memory = serde_json::from_str(&text).unwrap();
-        let mut controller = Controller::resume(plan(), memory);
-        let second = drive(&mut controller, usize::MAX, |p| p % 5 != 2);
-        let steps = trained(&first[..stop_after - 1]).into_iter().chain(trained(&second));
-        assert_eq!(steps.collect::<Vec<_>>(), trained(&whole), "stopped after {stop_after}");
+        // Some completions in flight may have been lost since the checkpoint: they are written again.
+        let less = memory.clone().keeping(|sample| sample.sample % 3 != 0, &plan());
+        for memory in [memory, less] {
+            let mut controller = Controller::resume(plan(), memory);
+            let second = drive(&mut controller, usize::MAX, |p| p % 5 != 2);
+            let steps = trained(&first[..stop_after - 1]).into_iter().chain(trained(&second));
+            assert_eq!(steps.collect::<Vec<_>>(), trained(&whole), "stopped after {stop_after}");
+        }
     }
 }
 

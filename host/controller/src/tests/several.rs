@@ -165,7 +165,7 @@ fn a_state_of_a_step_that_was_taken_back_is_no_state_of_the_run() {
     controller.apply(join("p0", Role::Policy, Some(2))).unwrap();
     for _ in 0..50 {
         assert_eq!(controller.step(), 1);
-        if matches!(doing(&controller, "p0"), Some(Order::Load { step: 1, publish: false })) {
+        if matches!(doing(&controller, "p0"), Some(Order::Load { step: 1, publish: false, .. })) {
             return;
         }
         for who in ["p1", "r"] {
@@ -294,7 +294,7 @@ fn weights_that_are_gone_are_published_again_before_anything_is_written() {
     let (id, _) = controller.order_of("r").expect("it writes");
     controller.apply(done("r", id, Outcome::WeightsGone)).unwrap();
     assert_eq!(doing(&controller, "r"), None);
-    assert!(matches!(act(&mut controller, "p0"), Order::Load { step: 0, publish: true }));
+    assert!(matches!(act(&mut controller, "p0"), Order::Load { step: 0, publish: true, .. }));
     assert!(matches!(doing(&controller, "r"), Some(Order::Generate { version: 0, .. })));
 }
 
@@ -305,12 +305,79 @@ fn who_failed_to_read_a_state_holds_none_and_the_state_is_handed_over_again() {
     fail(&mut controller, "p1");
     act(&mut controller, "p0");
     assert!(matches!(act(&mut controller, "p0"), Order::Save { step: 2, hand_over: true, .. }));
-    assert!(matches!(doing(&controller, "p1"), Some(Order::Load { step: 2, publish: false })));
+    assert!(matches!(doing(&controller, "p1"), Some(Order::Load { step: 2, publish: false, .. })));
     fail(&mut controller, "p1");
     assert_eq!(controller.status().replicas[1].holds, None, "it may be half one state and half the other");
     assert!(matches!(act(&mut controller, "p0"), Order::Save { step: 2, hand_over: true, .. }));
-    assert!(matches!(act(&mut controller, "p1"), Order::Load { step: 2, publish: false }));
+    assert!(matches!(act(&mut controller, "p1"), Order::Load { step: 2, publish: false, .. }));
     assert_eq!(controller.status().replicas[1].holds, Some(2));
+}
+
+/// A run of `policies` that has saved steps 1 to `steps` and then lost what `p0` held.
+fn saved(policies: u64, steps: u64) -> Controller {
+    let plan = Plan { policy_replicas: policies, validation_freq: 0, save_freq: 1, epochs: 4, ..plan() };
+    let mut controller = Controller::new(plan);
+    let names: Vec<String> = (0..policies).map(|i| format!("p{i}")).chain(["r".to_string()]).collect();
+    for name in &names {
+        let role = if name == "r" { Role::Rollout } else { Role::Policy };
+        controller.apply(join(name, role, None)).unwrap();
+    }
+    while controller.status().saved_step < steps {
+        let who = names.iter().find(|name| controller.order_of(name).is_some()).expect("somebody works");
+        act(&mut controller, who);
+    }
+    controller.apply(join("p0", Role::Policy, None)).unwrap();
+    controller
+}
+
+fn cannot_read(controller: &mut Controller, who: &str) {
+    let (id, _) = controller.order_of(who).expect("it reads");
+    controller.apply(done(who, id, Outcome::StateGone)).unwrap();
+}
+
+#[test]
+fn a_checkpoint_that_is_gone_is_passed_over_for_the_one_before() {
+    let loads = |c: &Controller| match doing(c, "p0") {
+        Some(Order::Load { step, since, publish: false }) => Some((*step, since.0)),
+        _ => None,
+    };
+    let mut controller = saved(1, 3);
+    let (third, since) = loads(&controller).expect("it reads");
+    assert_eq!((third, controller.step()), (3, 3));
+    cannot_read(&mut controller, "p0");
+    let (second, earlier) = loads(&controller).expect("it reads");
+    assert!(second == 2 && earlier < since, "{second} written for {earlier}, after {since}");
+    assert_eq!((controller.step(), controller.status().saved_step, controller.status().rollbacks), (2, 2, 1));
+    // An older controller that is given the same events goes on from there too.
+    let text = serde_json::to_string(&controller).unwrap();
+    assert_eq!(serde_json::from_str::<Controller>(&text).unwrap(), controller);
+    cannot_read(&mut controller, "p0");
+    cannot_read(&mut controller, "p0");
+    // The start needs no checkpoint.
+    assert_eq!((loads(&controller), controller.step(), controller.status().rollbacks), (Some((0, 0)), 0, 3));
+    let (id, _) = controller.order_of("p0").expect("it reads");
+    assert!(controller.apply(done("p0", id, Outcome::StateGone)).is_err());
+    while controller.step() < 3 {
+        let who = ["p0", "r"].into_iter().find(|who| controller.order_of(who).is_some()).expect("somebody works");
+        act(&mut controller, who);
+    }
+    assert_eq!(controller.status().saved_step, 2);
+}
+
+#[test]
+fn who_holds_the_state_of_a_checkpoint_that_is_gone_saves_it_again() {
+    let mut controller = saved(2, 2);
+    cannot_read(&mut controller, "p0");
+    assert_eq!((controller.step(), controller.status().saved_step, controller.status().rollbacks), (2, 1, 0));
+    let mut saved = Vec::new();
+    while controller.step() < 3 {
+        let who = ["p1", "p0", "r"].into_iter().find(|who| controller.order_of(who).is_some()).expect("somebody works");
+        if let Order::Save { step, hand_over, .. } = act(&mut controller, who) {
+            saved.push((who, step, hand_over));
+        }
+    }
+    assert!(saved.contains(&("p1", 2, true)) && saved.contains(&("p1", 2, false)), "{saved:?}");
+    assert_eq!(controller.status().rollbacks, 0);
 }
 
 /// A run of one policy and rollouts `r` and `s`, both at the validation of step 1.

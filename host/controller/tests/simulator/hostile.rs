@@ -57,7 +57,15 @@ impl World {
         let mut orders: Vec<OrderId> = others.filter_map(|p| Some(self.core.order_of(&p.name)?.0)).collect();
         orders.extend([OrderId(0), OrderId(1 << 60), OrderId(u64::MAX)]);
         let gone = Outcome::SamplesGone { samples: vec![0, 1] };
-        let all = [Outcome::Trained, Outcome::Loaded, Outcome::Saved, Outcome::Validated, Outcome::WeightsGone, gone];
+        let all = [
+            Outcome::Trained,
+            Outcome::Loaded,
+            Outcome::Saved,
+            Outcome::Validated,
+            Outcome::WeightsGone,
+            Outcome::StateGone,
+            gone,
+        ];
         let mut events = Vec::new();
         for order in orders {
             for replica in [victim, "nobody", ""] {
@@ -100,13 +108,19 @@ impl World {
                 let beyond = share.last().map_or(0, |s| s.sample + 1);
                 vec![
                     Outcome::SamplesGone { samples: vec![beyond] },
+                    Outcome::StateGone,
                     Outcome::Loaded,
                     Outcome::WeightsGone,
                     Outcome::Saved,
                 ]
             }
-            Order::Load { .. } => vec![Outcome::Trained, Outcome::Saved, Outcome::WeightsGone],
-            Order::Save { .. } => vec![Outcome::Loaded, Outcome::Trained, Outcome::SamplesGone { samples: Vec::new() }],
+            Order::Load { step: 1.., publish: false, .. } => {
+                vec![Outcome::Trained, Outcome::Saved, Outcome::WeightsGone]
+            }
+            Order::Load { .. } => vec![Outcome::Trained, Outcome::Saved, Outcome::WeightsGone, Outcome::StateGone],
+            Order::Save { .. } => {
+                vec![Outcome::Loaded, Outcome::Unpublished, Outcome::SamplesGone { samples: Vec::new() }]
+            }
             Order::Validate { .. } => vec![Outcome::Loaded, generated(vec![0]), Outcome::Trained],
             Order::Leave | Order::Finish => vec![Outcome::Trained, Outcome::Loaded, Outcome::Saved],
         };

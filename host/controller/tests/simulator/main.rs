@@ -3,6 +3,7 @@
 
 mod chance;
 mod hostile;
+mod mishaps;
 mod process;
 mod teachers;
 mod world;

@@ -91,7 +91,7 @@ pub enum Answer {
 
 pub const POLL_MS: u64 = 20;
 const ANSWER_MS: u64 = 130;
-const HEARTBEATS_MS: u64 = 300;
+pub const HEARTBEATS_MS: u64 = 300;
 const COLLECTIVE_MS: u64 = 400;
 const TEACHERS_MS: u64 = 2_000;
 pub const IDLE_MS: u64 = 400;
@@ -105,7 +105,7 @@ pub type Key = (OrderId, u64);
 
 pub struct World {
     pub setup: Setup,
-    faults: Faults,
+    pub faults: Faults,
     pub chance: Chance,
     pub now: u64,
     number: u64,
@@ -113,17 +113,17 @@ pub struct World {
     actions: BTreeMap<u64, Action>,
     pub core: Controller,
     started_from: Option<Memory>,
-    up: bool,
+    pub up: bool,
     ledger: Vec<Event>,
     /// What each replica was given and has not answered, as seen from outside.
     given: BTreeMap<String, OrderId>,
     live: BTreeSet<String>,
-    known: BTreeSet<String>,
+    pub known: BTreeSet<String>,
     last_join: BTreeMap<String, (u64, u64)>,
     memories: BTreeMap<OrderId, Memory>,
     saved: Option<Memory>,
     pub processes: Vec<Process>,
-    store: BTreeMap<Key, u64>,
+    pub store: BTreeMap<Key, u64>,
     /// What teachers were asked and have not acknowledged: the text, and when somebody took it.
     pub requests: BTreeMap<Key, (u64, Option<u64>)>,
     pub answers: BTreeMap<Key, u64>,
@@ -134,15 +134,17 @@ pub struct World {
     pub events_after_faults: u64,
     /// Since when, in milliseconds.
     pub faults_ended: Option<u64>,
-    published: BTreeMap<u64, (OrderId, u64)>,
-    files: BTreeMap<u64, (OrderId, Rc<State>)>,
+    pub published: BTreeMap<u64, (OrderId, u64)>,
+    pub files: BTreeMap<u64, (OrderId, Rc<State>)>,
+    /// Steps of which a state was on disk that is no longer whole.
+    pub torn: BTreeSet<u64>,
     pub ready: BTreeMap<u64, BTreeSet<String>>,
     policies_ever: u64,
-    stopped_once: bool,
+    pub stopped_once: bool,
     pub resumed: bool,
     /// Events that the controller has taken in.
     pub events: u64,
-    finished: Option<Rc<State>>,
+    pub finished: Option<Rc<State>>,
     /// Policies were added or removed, so steps may have had other sizes.
     pub group_changed: bool,
     /// Steps and weights at the end.
@@ -183,6 +185,7 @@ impl World {
             faults_ended: None,
             published: BTreeMap::new(),
             files: BTreeMap::new(),
+            torn: BTreeSet::new(),
             ready: BTreeMap::new(),
             policies_ever: 0,
             stopped_once: false,
@@ -212,14 +215,14 @@ impl World {
         world
     }
 
-    fn note(&mut self, line: impl FnOnce() -> String) {
+    pub fn note(&mut self, line: impl FnOnce() -> String) {
         if self.tracing {
             let line = format!("{:>7} {}", self.now, line());
             self.trace.push(line);
         }
     }
 
-    fn add(&mut self, role: Role) {
+    pub fn add(&mut self, role: Role) {
         let name = format!("{role}-{}", self.processes.len());
         self.policies_ever += u64::from(role == Role::Policy);
         self.processes.push(Process::new(name, role));
@@ -371,7 +374,7 @@ impl World {
 
     // The controller.
 
-    fn apply(&mut self, event: Event) -> Checked {
+    pub fn apply(&mut self, event: Event) -> Checked {
         self.note(|| format!("{event:?}"));
         self.be_hostile()?;
         self.events += 1;
@@ -472,7 +475,11 @@ impl World {
         self.started_from = self.saved.clone();
         self.core = match &self.saved {
             Some(memory) => Controller::resume(self.setup.plan.clone(), memory.clone()),
-            None => Controller::new(self.setup.plan.clone()),
+            None => {
+                // Another run, whose orders are numbered from 1 again: what the first one left is not its own.
+                self.files.clear();
+                Controller::new(self.setup.plan.clone())
+            }
         };
         self.ledger.clear();
         self.given.clear();
@@ -530,7 +537,7 @@ impl World {
             Answer::Taken if sent != process.sent => {}
             Answer::Taken => match process.report.take() {
                 Some(Report::Leave) => process.alive = false,
-                Some(Report::Done(_, Outcome::Trained)) => self.forget_samples(index),
+                Some(Report::Done(_, Outcome::Trained | Outcome::Unpublished)) => self.forget_samples(index),
                 Some(_) => {}
                 None => process.joined = true,
             },
@@ -660,6 +667,10 @@ impl World {
                 self.kill(index);
                 continue;
             }
+            if first && publish && self.unlucky(10) {
+                self.processes[index].end(Outcome::Unpublished);
+                continue;
+            }
             if first && publish {
                 self.publish(step, id, new.weights);
             }
@@ -709,13 +720,18 @@ impl World {
                 self.processes[index].give_up("the others did not come");
                 return Ok(());
             }
-            Order::Load { step, publish } => {
+            Order::Load { step, since, publish } => {
                 if !publish {
-                    let state = match step {
-                        0 => Some(State::start()),
-                        _ => self.files.get(&step).map(|(_, state)| Rc::clone(state)),
+                    let file = self.files.get(&step).filter(|(order, _)| *order >= since);
+                    let state = match (step, file) {
+                        (0, _) => State::start(),
+                        (_, Some((_, state))) => Rc::clone(state),
+                        _ if self.torn.contains(&step) => {
+                            self.processes[index].end(Outcome::StateGone);
+                            return Ok(());
+                        }
+                        _ => return Err(format!("there is nothing to load for step {step}")),
                     };
-                    let Some(state) = state else { return Err(format!("there is nothing to load for step {step}")) };
                     self.processes[index].state = Some(state);
                 }
                 let held = self.processes[index].state.clone().filter(|s| s.step == step);
@@ -748,105 +764,6 @@ impl World {
         let every = self.setup.filtered_in;
         // Whole prompts are filtered out, and single samples fail.
         every > 0 && (of(sample / self.setup.plan.n_generation).is_multiple_of(every) || of(!sample).is_multiple_of(17))
-    }
-
-    // What goes wrong.
-
-    fn kill(&mut self, index: usize) {
-        let process = &mut self.processes[index];
-        if !process.alive {
-            return;
-        }
-        process.alive = false;
-        let (life, name) = (process.life, process.name.clone());
-        self.note(|| format!("killed {name}"));
-        self.after(HEARTBEATS_MS, Action::MissedHeartbeats(index, life));
-        let delay = 20 + self.chance.below(800);
-        self.after(delay, Action::Restart(index));
-    }
-
-    fn mishap(&mut self) -> Checked {
-        if !self.faulty() {
-            return Ok(());
-        }
-        let index = self.chance.below(self.processes.len() as u64) as usize;
-        match self.chance.below(18) {
-            0..=4 => self.kill(index),
-            5 | 6 => {
-                let ms = self.chance.below(900);
-                let process = &mut self.processes[index];
-                process.cut_off_until = self.now + ms;
-                let life = process.life;
-                self.after(HEARTBEATS_MS, Action::MissedHeartbeats(index, life));
-            }
-            7 | 8 if self.up => {
-                self.up = false;
-                let ms = self.chance.below(500);
-                self.after(ms, Action::ControllerStarts);
-            }
-            9 => {
-                self.store_kept = false;
-                self.store.clear();
-                self.requests.clear();
-                self.answers.clear();
-            }
-            16 => {
-                self.requests.clear();
-                self.answers.clear();
-            }
-            17 => self.answers.clear(),
-            10 => self.published.clear(),
-            11 if self.up => {
-                let replica = self.processes[index].name.clone();
-                self.apply(Event::Lost { replica })?;
-            }
-            12 if self.faults.membership && self.processes.len() < 16 => {
-                let role = [Role::Policy, Role::Rollout, Role::Teacher][self.chance.below(3) as usize];
-                self.group_changed |= role == Role::Policy;
-                self.add(role);
-            }
-            13 if self.faults.membership && self.up => {
-                let finishes = |p: &Process| matches!(self.core.order_of(&p.name), Some((_, Order::Finish)));
-                let finishing = self.processes.iter().position(|p| p.role == Role::Policy && finishes(p));
-                self.remove(finishing.unwrap_or(index))?;
-            }
-            14 if self.faults.stops && self.up && !self.stopped_once => {
-                self.stopped_once = true;
-                self.apply(Event::StopRequested)?;
-            }
-            15 => {
-                let role = self.processes[index].role;
-                let all: Vec<usize> = (0..self.processes.len()).filter(|&i| self.processes[i].role == role).collect();
-                all.into_iter().for_each(|i| self.kill(i));
-            }
-            _ => {}
-        }
-        let pause = 1 + self.chance.below(2 * self.faults.mishap_every);
-        self.after(pause, Action::Mishap);
-        Ok(())
-    }
-
-    /// One for which there is another is taken out of the run.
-    fn remove(&mut self, index: usize) -> Checked {
-        let role = self.processes[index].role;
-        let others = self.processes.iter().filter(|p| p.role == role && !p.removed).count();
-        if others < 2 || self.processes[index].removed || !self.known.contains(&self.processes[index].name) {
-            return Ok(());
-        }
-        // To take away the very policy that finishes is to say that it has finished.
-        if matches!(self.core.order_of(&self.processes[index].name), Some((_, Order::Finish))) {
-            return Ok(());
-        }
-        self.group_changed |= role == Role::Policy;
-        if role == Role::Policy && matches!(self.core.order_of(&self.processes[index].name), Some((_, Order::Finish))) {
-            // Who was told to finish holds the last weights and has nothing more to do.
-            let state = self.processes[index].state.clone().filter(|s| s.step == self.core.step());
-            self.finished = state.or(self.finished.take());
-        }
-        self.processes[index].removed = true;
-        self.processes[index].alive = false;
-        let replica = self.processes[index].name.clone();
-        self.apply(Event::Removed { replica })
     }
 
     // The end.

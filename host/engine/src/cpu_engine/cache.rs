@@ -55,7 +55,7 @@ impl Pool {
             let mib = (self.pages_max * Page::bytes(self.heads)) >> 20;
             return Err(EngineError::invalid(
                 format!("the keys and values of running sequences fill the {mib} MiB that they may take"),
-                "lower `rollout.batch_size` or `rollout.max_response_length`, or run on a machine with more memory",
+                "lower `rollout.max_response_length` or shorten the prompts, or run on a machine with more memory",
             ));
         }
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();

@@ -34,7 +34,7 @@ use cosmos_kernels::{Isa, attention, rows};
 
 use super::arena::Buffer;
 use super::inside::Inside;
-use super::layout::{CpuBlock, Layout, Linear};
+use super::layout::{Layout, Projection, Weights};
 use crate::Result;
 
 /// Cosines and sines of positions from 0, `[position, dim / 2]`.
@@ -88,34 +88,31 @@ impl Whole {
 pub(super) struct Run<'a> {
     pub isa: Isa,
     pub layout: &'a Layout,
-    pub block: &'a CpuBlock,
+    pub weights: Weights<'a>,
     /// None for whole blocks.
     pub inside: Option<&'a Inside>,
 }
 
 impl Run<'_> {
     /// `x · Wᵀ + b` for rows as wide as W's.
-    pub fn project(&self, linear: &Linear, x: &[f32]) -> Buffer {
-        let (n, k) = (linear.weight.n(), linear.weight.k());
+    pub fn project(&self, to: Projection<'_>, x: &[f32]) -> Buffer {
+        let Projection { weight, bias, n, k } = to;
         let m = x.len() / k;
         let mut y = Buffer::dirty(m * n);
-        if let Some(bias) = &linear.bias {
+        if let Some(bias) = bias {
             y.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(bias));
         }
-        let add = linear.bias.is_some();
-        gemm(self.isa, Shape { m, n, k }, Left::Rows(x, k), Right::Packed(&linear.weight), &mut y, n, add);
+        weight.product(self.isa, Shape { m, n, k }, x, &mut y, bias.is_some());
         y
     }
 
     /// `stream + x · Wᵀ + b`; the product is a sum over tensor parallel ranks.
-    pub fn add_projected(&self, linear: &Linear, x: &[f32], stream: &[f32]) -> Result<Buffer> {
-        let (n, k) = (linear.weight.n(), linear.weight.k());
+    pub fn add_projected(&self, to: Projection<'_>, x: &[f32], stream: &[f32]) -> Result<Buffer> {
+        let Projection { weight, bias, n, k } = to;
         let shape = Shape { m: x.len() / k, n, k };
-        let product = |y: &mut Buffer, add: bool| {
-            gemm(self.isa, shape, Left::Rows(x, k), Right::Packed(&linear.weight), y, n, add);
-        };
+        let product = |y: &mut Buffer, add: bool| weight.product(self.isa, shape, x, y, add);
         let mut y = Buffer::of(stream);
-        if let Some(bias) = &linear.bias {
+        if let Some(bias) = bias {
             y.chunks_exact_mut(n).for_each(|row| rows::add(self.isa, row, bias));
         }
         match self.inside {
@@ -144,7 +141,7 @@ impl Run<'_> {
         let mut qkv = Buffer::of(raw);
         let scale = 1.0 / (dim as f32).sqrt();
         for (index, (qkv, raw)) in qkv.chunks_exact_mut(row).zip(raw.chunks_exact(row)).enumerate() {
-            if let Some((q_norm, k_norm)) = &self.block.qk_norms {
+            if let Some((q_norm, k_norm)) = self.weights.qk_norms {
                 let eps = self.layout.eps;
                 rows::rms_norm(self.isa, raw, row, heads.heads, q_norm, eps, qkv, row);
                 rows::rms_norm(
@@ -165,12 +162,16 @@ impl Run<'_> {
         qkv
     }
 
-    /// The second half of the block: from the stream after the attention to the block's output, and gate and up.
-    pub fn feed_forward(&self, z: &[f32]) -> Result<(Buffer, Buffer)> {
-        let gate_up = self.project(&self.block.gate_up, &self.norm(z, &self.block.post_norm));
+    /// Gate and up, from the stream after the attention.
+    pub fn gate_up(&self, z: &[f32]) -> Buffer {
+        self.project(self.weights.gate_up, &self.norm(z, self.weights.post_norm))
+    }
+
+    /// The block's output, from the stream after the attention and gate and up.
+    pub fn finish(&self, z: &[f32], gate_up: &[f32]) -> Result<Buffer> {
         let mut inner = Buffer::dirty(gate_up.len() / 2);
-        rows::swiglu(self.isa, &gate_up, self.layout.inner, &mut inner);
-        Ok((self.add_projected(&self.block.down, &inner, z)?, gate_up))
+        rows::swiglu(self.isa, gate_up, self.layout.inner, &mut inner);
+        self.add_projected(self.weights.down, &inner, z)
     }
 
     /// The position of the first of `t` tokens.
@@ -198,43 +199,40 @@ impl Run<'_> {
     }
 
     /// Its backward: the gradient at queries, keys and values.
-    fn attend_vjp(
-        &self,
-        b: usize,
-        t: usize,
-        qkv: &[f32],
-        mixed: &[f32],
-        log_sums: &[f32],
-        dmixed: &[f32],
-    ) -> Result<Buffer> {
+    fn attend_vjp(&self, b: usize, t: usize, qkv: &[f32], log_sums: &[f32], dmixed: &[f32]) -> Result<Buffer> {
         let heads = self.layout.heads;
         let mut dqkv = Buffer::dirty(qkv.len());
         let Some(inside) = self.contexts() else {
-            attention::backward(self.isa, heads, b, t, qkv, mixed, log_sums, dmixed, &mut dqkv);
+            attention::backward(self.isa, heads, b, t, qkv, log_sums, dmixed, &mut dqkv);
             return Ok(dqkv);
         };
         let (qkv_spans, mixed_spans) = (inside.qkv_spans(), inside.mixed_spans());
         let qkv = inside.to_all_tokens(b, qkv, heads.row(), &qkv_spans)?;
-        let mixed = inside.to_all_tokens(b, mixed, heads.width(), &mixed_spans)?;
         let dmixed = inside.to_all_tokens(b, dmixed, heads.width(), &mixed_spans)?;
         let mut dqkv = Buffer::dirty(qkv.len());
         let t = t * inside.contexts();
-        attention::backward(self.isa, inside.attending(), b, t, &qkv, &mixed, log_sums, &dmixed, &mut dqkv);
+        attention::backward(self.isa, inside.attending(), b, t, &qkv, log_sums, &dmixed, &mut dqkv);
         inside.to_own_tokens(b, &dqkv, heads.row(), &qkv_spans)
     }
 
     /// The block over `b` sequences.
     pub fn forward(&self, turns: &Turns, b: usize, x: Arc<Buffer>) -> Result<(Buffer, Whole)> {
+        let whole = self.forward_whole(turns, b, x)?;
+        Ok((self.finish(&whole.z, &whole.gate_up)?, whole))
+    }
+
+    /// What backward needs of the block over `b` sequences, without its output.
+    fn forward_whole(&self, turns: &Turns, b: usize, x: Arc<Buffer>) -> Result<Whole> {
         let n = x.len() / self.layout.hidden;
         let t = n / b;
-        let raw = self.project(&self.block.qkv, &self.norm(&x, &self.block.input_norm));
+        let raw = self.project(self.weights.qkv, &self.norm(&x, self.weights.input_norm));
         let first = self.first_position(t);
         let qkv = self.turned(&raw, turns, |row| first + row % t);
         let (mixed, log_sums) = self.attend(b, t, &qkv)?;
         drop(qkv);
-        let z = self.add_projected(&self.block.o, &mixed, &x)?;
-        let (y, gate_up) = self.feed_forward(&z)?;
-        Ok((y, Whole { x, raw, mixed, log_sums, z, gate_up }))
+        let z = self.add_projected(self.weights.o, &mixed, &x)?;
+        let gate_up = self.gate_up(&z);
+        Ok(Whole { x, raw, mixed, log_sums, z, gate_up })
     }
 
     /// As [`Run::back`] where the input is the same on all tensor parallel ranks: the sum over them.
@@ -259,7 +257,7 @@ impl Run<'_> {
         let layout = self.layout;
         let (h, f, heads) = (layout.hidden, layout.inner, layout.heads);
         let Whole { x, raw, mixed, log_sums, z, gate_up } = match saved {
-            Saved::Input(x) => self.forward(turns, b, x)?.1,
+            Saved::Input(x) => self.forward_whole(turns, b, x)?,
             Saved::Whole(whole) => *whole,
         };
         let weight = |range: &Range<usize>| &params[range.clone()];
@@ -272,7 +270,7 @@ impl Run<'_> {
         let dz_normed = self.back_joint(&dgate_up, weight(&layout.gate_up), 2 * f, h)?;
         let mut dz = Buffer::of(&dy);
         let mut dpost_norm = vec![0.0; h];
-        let post_norm = &self.block.post_norm;
+        let post_norm = self.weights.post_norm;
         rows::rms_norm_vjp(self.isa, &z, h, 1, post_norm, layout.eps, &dz_normed, h, &mut dz, h, true, &mut dpost_norm);
         drop(dz_normed);
         let z_normed = self.norm(&z, post_norm);
@@ -281,14 +279,14 @@ impl Run<'_> {
         let dmixed = self.back(&dz, weight(&layout.o), h, heads.width());
         let first = self.first_position(t);
         let qkv = self.turned(&raw, turns, |row| first + row % t);
-        let dqkv = self.attend_vjp(b, t, &qkv, &mixed, &log_sums, &dmixed)?;
+        let dqkv = self.attend_vjp(b, t, &qkv, &log_sums, &dmixed)?;
         drop((qkv, dmixed));
         let (draw, dqk_norms) = self.turned_vjp(&raw, dqkv, turns, t);
         drop(raw);
         let dx_normed = self.back_joint(&draw, weight(&layout.qkv), heads.row(), h)?;
         let mut dx = Buffer::of(&dz);
         let mut dinput_norm = vec![0.0; h];
-        let input_norm = &self.block.input_norm;
+        let input_norm = self.weights.input_norm;
         rows::rms_norm_vjp(
             self.isa,
             &x,
@@ -325,7 +323,7 @@ impl Run<'_> {
             rows::rotate(self.isa, dqkv, heads.heads, cos, sin, -1.0, scale);
             rows::rotate(self.isa, &mut dqkv[keys.clone()], heads.kv_heads, cos, sin, -1.0, 1.0);
         }
-        let Some((q_norm, k_norm)) = &self.block.qk_norms else { return (dqkv, None) };
+        let Some((q_norm, k_norm)) = self.weights.qk_norms else { return (dqkv, None) };
         let mut draw = Buffer::of(&dqkv);
         let (mut dq_norm, mut dk_norm) = (vec![0.0; dim], vec![0.0; dim]);
         let eps = self.layout.eps;

@@ -35,6 +35,8 @@ pub(crate) struct FakeModel {
     gradient: Vec<f32>,
     /// Rows that the head takes at a time.
     pub chunk_rows: usize,
+    /// Times that the head was asked.
+    pub head_calls: usize,
     /// Makes the logits of this context (its last token) NaN.
     pub poison: Option<u32>,
     /// Which ids the head gives; none: all.
@@ -62,6 +64,7 @@ impl FakeModel {
             value: value.to_vec(),
             gradient: gradient.to_vec(),
             chunk_rows: 3,
+            head_calls: 0,
             poison: None,
             shard: None,
             coarse: false,
@@ -101,6 +104,7 @@ impl Model for FakeModel {
 
     fn head_logits_rv(&mut self, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {
         assert!(hidden_rh.len() <= 2 * self.chunk_rows, "more rows than a chunk");
+        self.head_calls += 1;
         out.clear();
         let mut row = Vec::new();
         for h in hidden_rh.chunks_exact(2) {

@@ -105,9 +105,17 @@ impl Sampler {
         self.params.repetition_penalty != 1.0
     }
 
-    /// Chooses from one row, which is overwritten. `seen` are the distinct tokens of prompt and completion. `None` when
-    /// the logits are not finite.
-    pub(super) fn choose(&self, logits_v: &mut [f32], seen: &[u32], draw: Draw) -> Option<u32> {
+    /// Whether [`Sampler::process`] changes anything.
+    pub(super) fn changes_logits(&self) -> bool {
+        self.penalizes() || self.divides()
+    }
+
+    fn divides(&self) -> bool {
+        !self.params.is_greedy() && self.params.temperature != 1.0
+    }
+
+    /// The repetition penalty and the temperature. `seen` are the distinct tokens of prompt and completion.
+    pub(super) fn process(&self, logits_v: &mut [f32], seen: &[u32]) {
         let params = &self.params;
         if self.penalizes() {
             for &id in seen {
@@ -116,22 +124,26 @@ impl Sampler {
                 }
             }
         }
-        if params.is_greedy() {
-            return RowStats::of(logits_v).map(|stats| stats.argmax);
-        }
-        if params.temperature != 1.0 {
+        if self.divides() {
             logits_v.iter_mut().for_each(|z| *z /= params.temperature);
         }
-        let stats = RowStats::of(logits_v)?;
+    }
+
+    /// Chooses from one processed row, whose statistics are `stats`.
+    pub(super) fn choose(&self, logits_v: &[f32], stats: &RowStats, draw: Draw) -> u32 {
+        let params = &self.params;
+        if params.is_greedy() {
+            return stats.argmax;
+        }
         let u = uniform(params.seed, draw);
         let limits_k = params.top_k > 0 && (params.top_k as u64) < logits_v.len() as u64;
         if !limits_k && params.top_p >= 1.0 {
-            return Some(draw_from_row(logits_v, &stats, u).unwrap_or(stats.argmax));
+            return draw_from_row(logits_v, stats, u).unwrap_or(stats.argmax);
         }
         let mut kept = if limits_k {
             with_ties(logits_v, params.top_k as usize)
         } else {
-            nucleus_candidates(logits_v, &stats, params.top_p)
+            nucleus_candidates(logits_v, stats, params.top_p)
         };
         if params.top_p < 1.0 {
             let whole = if limits_k { kept.iter().map(|k| weight(k.0, stats.max)).sum() } else { stats.sum };
@@ -140,7 +152,7 @@ impl Sampler {
         // In the order of ids, as without limits, so that a limit that removes nothing changes nothing.
         kept.sort_unstable_by_key(|k| k.1);
         let sum = kept.iter().map(|k| weight(k.0, stats.max)).sum();
-        Some(draw_from(kept.into_iter(), stats.max, sum, u).unwrap_or(stats.argmax))
+        draw_from(kept.into_iter(), stats.max, sum, u).unwrap_or(stats.argmax)
     }
 }
 
@@ -226,11 +238,17 @@ mod tests {
         z_v.iter().map(|&z| f64::from(z).exp() / sum).collect()
     }
 
+    /// All steps on one row, which is overwritten.
+    fn chosen(sampler: &Sampler, logits_v: &mut [f32], seen: &[u32], draw: Draw) -> Option<u32> {
+        sampler.process(logits_v, seen);
+        RowStats::of(logits_v).map(|stats| sampler.choose(logits_v, &stats, draw))
+    }
+
     fn counts(params: &SamplingParams, z_v: &[f32], draws: u64) -> Vec<u64> {
         let sampler = Sampler::new(params).unwrap();
         let mut counts = vec![0; z_v.len()];
         for position in 0..draws {
-            let id = sampler.choose(&mut z_v.to_vec(), &[], Draw { request: 1, completion: 0, position }).unwrap();
+            let id = chosen(&sampler, &mut z_v.to_vec(), &[], Draw { request: 1, completion: 0, position }).unwrap();
             counts[id as usize] += 1;
         }
         counts
@@ -320,7 +338,8 @@ mod tests {
         assert!(counts[1] > 0 && counts[2] > 0 && counts[3] > 0 && counts[4] > 0);
         assert_eq!((counts[0], counts[5]), (0, 0));
         assert_eq!(
-            Sampler::new(&SamplingParams { temperature: 0.0, ..SamplingParams::default() }).unwrap().choose(
+            chosen(
+                &Sampler::new(&SamplingParams { temperature: 0.0, ..SamplingParams::default() }).unwrap(),
                 &mut [1.0, 5.0, 5.0],
                 &[],
                 Draw { request: 0, completion: 0, position: 0 }
@@ -343,18 +362,18 @@ mod tests {
                 .unwrap();
         let draw = Draw { request: 0, completion: 0, position: 0 };
         let mut z_v = [4.0, 3.0, -1.0, -1.5, 0.0];
-        assert_eq!(sampler.choose(&mut z_v, &[0, 2, 4], draw), Some(1));
+        assert_eq!(chosen(&sampler, &mut z_v, &[0, 2, 4], draw), Some(1));
         assert_eq!(z_v, [2.0, 3.0, -2.0, -1.5, 0.0]);
-        assert_eq!(sampler.choose(&mut [4.0, 3.0], &[], draw), Some(0));
+        assert_eq!(chosen(&sampler, &mut [4.0, 3.0], &[], draw), Some(0));
     }
 
     #[test]
     fn bad_logits_and_bad_parameters() {
         let sampler = Sampler::new(&SamplingParams::default()).unwrap();
         let draw = Draw { request: 0, completion: 0, position: 0 };
-        assert_eq!(sampler.choose(&mut [0.0, f32::NAN], &[], draw), None);
-        assert_eq!(sampler.choose(&mut [0.0, f32::INFINITY], &[], draw), None);
-        assert_eq!(sampler.choose(&mut [0.0, f32::NEG_INFINITY], &[], draw), Some(0));
+        assert_eq!(chosen(&sampler, &mut [0.0, f32::NAN], &[], draw), None);
+        assert_eq!(chosen(&sampler, &mut [0.0, f32::INFINITY], &[], draw), None);
+        assert_eq!(chosen(&sampler, &mut [0.0, f32::NEG_INFINITY], &[], draw), Some(0));
         let base = SamplingParams::default();
         for bad in [
             SamplingParams { temperature: -1.0, ..base.clone() },

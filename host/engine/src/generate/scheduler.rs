@@ -2,13 +2,14 @@
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use rayon::prelude::*;
 
 use super::sampler::{Draw, Sampler, SamplingParams};
-use crate::model::{Decoder, Model, Prefill};
-use crate::score::softmax::{RowStats, apply_temperature};
+use crate::model::{Decoder, Model, ModelConfig, Prefill};
+use crate::score::softmax::{RowStats, apply_temperature, divides};
 use crate::score::top::top_k;
 use crate::{EngineError, Result};
 
@@ -50,6 +51,8 @@ pub struct GenerateOptions {
     pub logprobs: bool,
     /// Temperature of the recorded log-probs (not of the choice).
     pub logprob_temperature: f32,
+    /// Most bytes of keys and values of running sequences; the others wait. None: what the engine has.
+    pub kv_bytes_max: Option<usize>,
 }
 
 impl Default for GenerateOptions {
@@ -61,7 +64,16 @@ impl Default for GenerateOptions {
             candidates: 0,
             logprobs: false,
             logprob_temperature: 1.0,
+            kv_bytes_max: None,
         }
+    }
+}
+
+impl GenerateOptions {
+    /// Tokens that a completion of `request` may come to hold.
+    fn tokens_of(&self, request: &GenerateRequest) -> usize {
+        let whole = request.prompt.len().saturating_add(request.max_new_tokens);
+        whole.min(self.context_limit).saturating_add(SLACK_TOKENS)
     }
 }
 
@@ -170,9 +182,12 @@ pub fn generate_streaming(
         .map(|r| options.context_limit.min(r.prompt.len().saturating_add(r.max_new_tokens)))
         .max()
         .unwrap_or(1);
+    let tokens_max = kv_tokens_max(model.config(), requests, options)?;
     let decoder = model.decoder(slots, capacity)?;
+    let tokens_max = tokens_max.min(decoder.tokens_max());
     let mut run = Run {
         decoder,
+        tokens_max,
         sampler: &sampler,
         options,
         vocab,
@@ -183,6 +198,27 @@ pub fn generate_streaming(
     };
     run.all(done)?;
     Ok(GenerateStats { seconds: started.elapsed().as_secs_f64(), ..run.stats })
+}
+
+/// Tokens whose keys and values fit into the bytes that they may take.
+fn kv_tokens_max(config: &ModelConfig, requests: &[GenerateRequest], options: &GenerateOptions) -> Result<usize> {
+    let Some(bytes) = options.kv_bytes_max else { return Ok(usize::MAX) };
+    let room = bytes / config.kv_token_bytes();
+    match requests.iter().find(|request| request.n > 0 && options.tokens_of(request) > room) {
+        None => Ok(room),
+        Some(request) => Err(EngineError::invalid(
+            format!(
+                "request {}: prompt and completion may come to {} tokens, but the {bytes} bytes that keys and values may take \
+                 have room for {room}",
+                request.id,
+                options.tokens_of(request)
+            ),
+            format!(
+                "set `host.kv_mib_max` to at least {}, or lower `rollout.max_response_length`",
+                (options.tokens_of(request) * config.kv_token_bytes()).div_ceil(1 << 20)
+            ),
+        )),
+    }
 }
 
 fn check(requests: &[GenerateRequest], options: &GenerateOptions, vocab: usize) -> Result<()> {
@@ -220,6 +256,8 @@ fn check(requests: &[GenerateRequest], options: &GenerateOptions, vocab: usize) 
 
 struct Run<'a, 'm> {
     decoder: Box<dyn Decoder + 'm>,
+    /// Tokens that running sequences may hold together.
+    tokens_max: usize,
     sampler: &'a Sampler,
     options: &'a GenerateOptions,
     vocab: usize,
@@ -246,15 +284,20 @@ impl<'a> Run<'a, '_> {
             if entries.is_empty() {
                 return Ok(());
             }
-            let mut logits_rv = self.decoder.step(&entries)?;
+            let slots: Vec<usize> = entries.iter().map(|e| e.0).collect();
+            let choices: Vec<OnceLock<Choice>> = slots.iter().map(|_| OnceLock::new()).collect();
+            let (active, sampler, options) = (&self.active, self.sampler, self.options);
+            self.decoder.step_each(&entries, &|index, logits_v| {
+                let choice = active[slots[index]].as_ref().and_then(|a| choose(a, logits_v, sampler, options));
+                // Each row comes once.
+                choice.into_iter().for_each(|choice| _ = choices[index].set(choice));
+            })?;
             self.stats.steps += 1;
             self.stats.row_steps += entries.len();
-            let slots: Vec<usize> = entries.iter().map(|e| e.0).collect();
-            let rows: Vec<usize> = (0..slots.len()).collect();
-            if self.advance(&slots, &rows, &mut logits_rv, done)?.is_break() {
+            let choices = choices.into_iter().map(OnceLock::into_inner).collect();
+            if self.advance(&slots, choices, done)?.is_break() {
                 return Ok(());
             }
-            self.decoder.recycle(logits_rv);
         }
     }
 
@@ -265,13 +308,27 @@ impl<'a> Run<'a, '_> {
             if entries.is_empty() {
                 return Ok(ControlFlow::Continue(()));
             }
-            let mut logits_rv = self.decoder.prefill(&entries)?;
+            let logits_rv = self.decoder.prefill(&entries)?;
             self.stats.prefills += 1;
             self.stats.prompt_tokens += entries.iter().map(|e| e.prompt.len()).sum::<usize>();
-            let slots: Vec<usize> = entries.iter().flat_map(|e| e.slots.iter().copied()).collect();
-            let rows: Vec<usize> =
-                entries.iter().enumerate().flat_map(|(row, e)| e.slots.iter().map(move |_| row)).collect();
-            if self.advance(&slots, &rows, &mut logits_rv, done)?.is_break() {
+            let vocab = self.vocab;
+            if logits_rv.len() != entries.len() * vocab {
+                let (found, wanted) = (logits_rv.len(), entries.len() * vocab);
+                return Err(EngineError::invalid(
+                    format!("the decoder gave {found} logits where {wanted} were expected"),
+                    "",
+                ));
+            }
+            let rows = entries.iter().zip(logits_rv.chunks_exact(vocab));
+            let rows: Vec<(usize, &[f32])> =
+                rows.flat_map(|(e, logits_v)| e.slots.iter().map(move |slot| (*slot, logits_v))).collect();
+            let (active, sampler, options) = (&self.active, self.sampler, self.options);
+            let choices = rows
+                .par_iter()
+                .map(|(slot, logits_v)| choose(active[*slot].as_ref()?, logits_v, sampler, options))
+                .collect();
+            let slots: Vec<usize> = rows.iter().map(|row| row.0).collect();
+            if self.advance(&slots, choices, done)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
         }
@@ -294,8 +351,8 @@ impl<'a> Run<'a, '_> {
             if tokens > PREFILL_TOKENS_MAX && !entries.is_empty() {
                 break;
             }
-            let each = self.tokens_of(request);
-            let fitting = self.decoder.tokens_max().saturating_sub(self.tokens_reserved()) / each;
+            let each = self.options.tokens_of(request);
+            let fitting = self.tokens_max.saturating_sub(self.tokens_reserved()) / each;
             // One alone is tried even so: the decoder says what does not fit.
             let fitting = if idle && entries.is_empty() { fitting.max(1) } else { fitting };
             let count = left.min(free.len()).min(fitting);
@@ -315,15 +372,9 @@ impl<'a> Run<'a, '_> {
         entries
     }
 
-    /// Tokens that a completion of `request` may come to hold.
-    fn tokens_of(&self, request: &GenerateRequest) -> usize {
-        let whole = request.prompt.len().saturating_add(request.max_new_tokens);
-        whole.min(self.options.context_limit) + SLACK_TOKENS
-    }
-
     /// Tokens that everything running may come to hold.
     fn tokens_reserved(&self) -> usize {
-        self.active.iter().flatten().map(|active| self.tokens_of(active.request)).sum()
+        self.active.iter().flatten().map(|active| self.options.tokens_of(active.request)).sum()
     }
 
     fn start(&self, request: &'a GenerateRequest, index: usize) -> Active<'a> {
@@ -344,30 +395,13 @@ impl<'a> Run<'a, '_> {
         active
     }
 
-    /// Chooses the next token of each slot from its row of logits and takes finished sequences out.
+    /// Gives each slot its next token and takes finished sequences out. No choice: the logits were not finite.
     fn advance(
         &mut self,
         slots: &[usize],
-        rows: &[usize],
-        logits_rv: &mut [f32],
+        choices: Vec<Option<Choice>>,
         done: &mut dyn FnMut(Generated) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>> {
-        let wanted = rows.last().map_or(0, |last| last + 1) * self.vocab;
-        if logits_rv.len() != wanted {
-            return Err(EngineError::invalid(
-                format!("the decoder gave {} logits where {wanted} were expected", logits_rv.len()),
-                "",
-            ));
-        }
-        let (active, sampler, options, vocab) = (&self.active, self.sampler, self.options, self.vocab);
-        let logits: &[f32] = logits_rv;
-        let choices: Vec<Option<Choice>> = slots
-            .par_iter()
-            .zip(rows)
-            .map(|(&slot, &row)| {
-                choose(active[slot].as_ref()?, &logits[row * vocab..(row + 1) * vocab], sampler, options)
-            })
-            .collect();
         self.stats.completion_tokens += slots.len();
         for (&slot, choice) in slots.iter().zip(choices) {
             let Some(active) = self.active[slot].as_mut() else { continue };
@@ -423,20 +457,34 @@ impl Active<'_> {
     }
 }
 
+/// The next token of a sequence from its row of logits; none when these are not finite.
 fn choose(active: &Active<'_>, logits_v: &[f32], sampler: &Sampler, options: &GenerateOptions) -> Option<Choice> {
-    let mut own_v = logits_v.to_vec();
     let position = active.request.first_position + active.out.tokens.len();
     let draw = Draw { request: active.out.id, completion: active.out.index as u64, position: position as u64 };
-    let token = sampler.choose(&mut own_v, &active.seen, draw)?;
+    let mut plain = None;
+    let token = if sampler.changes_logits() {
+        let mut own_v = logits_v.to_vec();
+        sampler.process(&mut own_v, &active.seen);
+        sampler.choose(&own_v, &RowStats::of(&own_v)?, draw)
+    } else {
+        let stats = plain.insert(RowStats::of(logits_v)?);
+        sampler.choose(logits_v, stats, draw)
+    };
     let mut choice = Choice { token, logprob: 0.0, candidates: Vec::new() };
-    if options.logprobs || options.candidates > 0 {
-        own_v.copy_from_slice(logits_v);
-        apply_temperature(&mut own_v, options.logprob_temperature);
-        let stats = RowStats::of(&own_v)?;
-        choice.logprob = stats.log_prob(own_v[token as usize]) as f32;
-        choice.candidates = top_k(&own_v, options.candidates);
-        choice.candidates.iter_mut().for_each(|c| c.0 = stats.log_prob(c.0) as f32);
+    if !options.logprobs && options.candidates == 0 {
+        return Some(choice);
     }
+    let mut own_v = Vec::new();
+    let (recorded_v, stats) = if divides(options.logprob_temperature) {
+        own_v.extend_from_slice(logits_v);
+        apply_temperature(&mut own_v, options.logprob_temperature);
+        (own_v.as_slice(), RowStats::of(&own_v)?)
+    } else {
+        (logits_v, plain.or_else(|| RowStats::of(logits_v))?)
+    };
+    choice.logprob = stats.log_prob(recorded_v[token as usize]) as f32;
+    choice.candidates = top_k(recorded_v, options.candidates);
+    choice.candidates.iter_mut().for_each(|c| c.0 = stats.log_prob(c.0) as f32);
     Some(choice)
 }
 

@@ -467,6 +467,11 @@ impl ModelConfig {
         (2 * heads + 2 * kv_heads) * self.head_dim + heads + self.hidden_size + 2 * self.intermediate_size
     }
 
+    /// Bytes that the keys and values of one token take in all blocks.
+    pub fn kv_token_bytes(&self) -> usize {
+        4 * 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+    }
+
     /// Number of trainable numbers; tied weights count once.
     pub fn parameter_count(&self) -> u64 {
         let count = |list: Vec<ParamSpec>| list.iter().map(|p| p.len() as u64).sum::<u64>();

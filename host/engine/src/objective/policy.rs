@@ -319,19 +319,29 @@ impl HeadLoss for PolicyLoss<'_> {
             let facts = task.facts_of_parts(&rows, own_rv, &mut self.teacher_rv)?;
             facts.iter().enumerate().map(|(r, facts)| task.observe(row_of(r), facts.as_ref()?)).collect()
         } else {
-            let teacher_rv = &self.teacher_rv;
-            logits_rv
-                .par_chunks(width)
-                .enumerate()
-                .map(|(r, z_v)| {
-                    // The chunk still serves the model, and temperature and the dense divergence write.
-                    let mut own_v = z_v.to_vec();
-                    let mut teacher_v = teacher_rv.get(r * width..(r + 1) * width).map(<[f32]>::to_vec);
-                    apply_temperature(&mut own_v, task.spec.temperature);
-                    let facts = Facts::of(&task.asked(row_of(r)), &own_v, teacher_v.as_deref_mut())?;
-                    task.observe(row_of(r), &facts)
-                })
-                .collect()
+            let temperature = task.spec.temperature;
+            let one = |scaled_v: &mut Vec<f32>, r: usize, z_v: &[f32], teacher_v: Option<&mut [f32]>| {
+                let own_v = if divides(temperature) {
+                    // The chunk still serves the model.
+                    scaled_v.clear();
+                    scaled_v.extend_from_slice(z_v);
+                    apply_temperature(scaled_v, temperature);
+                    scaled_v
+                } else {
+                    z_v
+                };
+                task.observe(row_of(r), &Facts::of(&task.asked(row_of(r)), own_v, teacher_v)?)
+            };
+            // The teacher's rows are fetched again for the gradient, so the divergence may write into them.
+            let rows_v = logits_rv.par_chunks(width).enumerate();
+            if self.teacher_rv.is_empty() {
+                rows_v.map_init(Vec::new, |scaled_v, (r, z_v)| one(scaled_v, r, z_v, None)).collect()
+            } else {
+                rows_v
+                    .zip(self.teacher_rv.par_chunks_mut(width))
+                    .map_init(Vec::new, |scaled_v, ((r, z_v), t_v)| one(scaled_v, r, z_v, Some(t_v)))
+                    .collect()
+            }
         };
         self.observed[rows].copy_from_slice(&seen);
         Ok(())

@@ -1,7 +1,9 @@
 //! What a step wants to know about its tokens, collected over micro-batches.
 
+use serde::{Deserialize, Serialize};
+
 /// Mean and extremes of a number seen many times.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     /// How many.
     pub count: usize,
@@ -82,7 +84,7 @@ impl Summary {
 
 /// Sums, counts and per-token values of a loss. Vectors hold one entry per token they make sense for, in the order of
 /// samples.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// The loss: `policy_loss + kl_beta · kl_loss − entropy_bonus`, reduced as the spec says. NaN if any row was not finite.
     pub total: f64,

@@ -42,6 +42,23 @@ fn scores_are_those_of_the_model() {
     }
 }
 
+/// A large head is read once for a chunk of rows, wherever these come from. The fake refuses more rows than a chunk.
+#[test]
+fn short_sequences_share_the_heads_chunks() {
+    let sequences: Vec<Vec<u32>> = (0..9).map(|n| vec![n, 2 * n + 1, 7]).collect();
+    let requests: Vec<ScoreRequest<'_>> =
+        sequences.iter().map(|ids| ScoreRequest { ids, first: 1, candidates: None }).collect();
+    let mut model = FakeModel::new();
+    model.chunk_rows = 4;
+    let together = score(&mut model, &requests, &ScoreOptions { mini_batch: 6, ..ScoreOptions::default() }).unwrap();
+    // 6 and 3 sequences of two tokens.
+    assert_eq!(model.head_calls, 3 + 2);
+    for (request, scored) in requests.iter().zip(&together) {
+        let alone = score(&mut model, std::slice::from_ref(request), &ScoreOptions::default()).unwrap();
+        assert_eq!(&alone[0], scored);
+    }
+}
+
 /// The vocabulary cut over ranks, in parts of unequal length: the same ids, also where logits are equal, and the same
 /// numbers; every rank has them.
 #[test]

@@ -200,7 +200,7 @@ impl<E: BlockEngine> RankModel<E> {
             if let Some(kept) = kept.as_mut() {
                 let found = engine.run_lanes(tiles.len(), &|index| {
                     let (tile, x) = (&tiles[index], xs[index].clone());
-                    engine.block_forward_keep(&ready.device, &tile.geometry, tile.b, x, layer >= recomputed)
+                    engine.block_forward_keep(&ready.device, None, &tile.geometry, tile.b, x, layer >= recomputed)
                 });
                 let found = found.into_iter().collect::<Result<Vec<_>>>()?;
                 let (ys, saved): (Vec<_>, Vec<_>) = found.into_iter().unzip();

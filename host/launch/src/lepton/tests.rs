@@ -2,7 +2,7 @@ use super::*;
 use crate::placement::{Demand, Ports, Role, Space, place};
 
 fn placement(replicas: usize) -> Placement {
-    let space = Space { gpus_per_node: 8, cores_per_node: 0, nodes: None, ports: Ports::default() };
+    let space = Space { gpus_per_node: 8, cores_per_node: 0, ranks_per_node: 0, nodes: None, ports: Ports::default() };
     place(&[Demand::new(Role::Policy, replicas, 8)], &space).unwrap()
 }
 
@@ -14,6 +14,7 @@ fn command(nodes: usize) -> NodeCommand {
         nodes,
         gpus_per_node: 8,
         cores_per_node: 0,
+        ranks_per_node: 0,
         ports: Ports::default(),
         save_wait_s: 300,
         one_process: false,

@@ -19,6 +19,8 @@ pub struct NodeCommand {
     pub gpus_per_node: usize,
     /// Cores of one node; 0: the node's own number, where it matters.
     pub cores_per_node: usize,
+    /// On CPUs: ranks of one replica on a node at most; 0: no limit.
+    pub ranks_per_node: usize,
     /// TCP ports.
     pub ports: Ports,
     /// Seconds from a signal to the end.
@@ -40,6 +42,9 @@ impl NodeCommand {
         option("--nodes", self.nodes.to_string());
         option("--gpus-per-node", self.gpus_per_node.to_string());
         option("--cores-per-node", self.cores_per_node.to_string());
+        if self.ranks_per_node > 0 {
+            option("--ranks-per-node", self.ranks_per_node.to_string());
+        }
         option("--port", self.ports.controller.to_string());
         option("--redis-port", self.ports.redis.to_string());
         option("--rdzv-port", self.ports.first.to_string());

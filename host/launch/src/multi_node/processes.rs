@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 
+use cosmos_broker::ServerConfig;
+
 use super::files::random_hex;
 use super::whereabouts::Whereabouts;
 use crate::BROKER_VARIABLE;
 use crate::error::{LaunchError, Result};
 use crate::placement::{Part, Placement, Replica, Role};
+use crate::supervise::part_arguments;
 
 /// A run, the same on every node.
 #[derive(Debug, Clone)]
@@ -98,7 +101,7 @@ pub(super) fn of_node(run: &Run, whereabouts: &Whereabouts, token: &str) -> Resu
         all.push(Process { name, kind, program, arguments, environment, input: None, awaits_port: None });
     }
     for (replica, part) in run.placement.on_node(whereabouts.index) {
-        all.push(of_replica(run, replica, part, &format!("http://{host}:{}", ports.controller), token));
+        all.push(of_replica(run, replica, part, whereabouts, token));
     }
     Ok(all)
 }
@@ -124,21 +127,26 @@ fn whole(run: &Run) -> Process {
     }
 }
 
-fn of_replica(run: &Run, replica: &Replica, part: &Part, controller: &str, token: &str) -> Process {
+fn of_replica(run: &Run, replica: &Replica, part: &Part, whereabouts: &Whereabouts, token: &str) -> Process {
     let mut arguments = role_arguments(run, replica.role.name());
     if run.placement.nodes == 1 {
         arguments.extend(["--run".into(), run.folder.display().to_string()]);
     } else {
-        arguments.extend(["--controller".into(), controller.into()]);
+        let controller = format!("http://{}:{}", whereabouts.first_host(), run.placement.ports.controller);
+        arguments.extend(["--controller".into(), controller]);
     }
     arguments.extend(["--name".into(), replica.name.clone()]);
+    if replica.parts.len() > 1 {
+        let meeting = format!("{}:{}", whereabouts.host_of(replica.rendezvous.node), replica.rendezvous.port);
+        arguments.extend(part_arguments((replica.place_of(part), replica.parts.len()), &meeting));
+    }
     let mut environment = variables(run, token);
     environment.extend(devices(part));
     if part.cores > 0 {
         environment.push(("RAYON_NUM_THREADS".into(), part.cores.to_string()));
     }
     Process {
-        name: replica.name.clone(),
+        name: replica.process_name(part),
         kind: Kind::Replica(replica.role),
         program: run.program.clone(),
         arguments,
@@ -190,23 +198,14 @@ fn redis(run: &Run, alone: bool, password: &str) -> Result<Process> {
     std::fs::create_dir_all(&folder).map_err(LaunchError::io("create", &folder))?;
     let port = run.placement.ports.redis;
     let bind = if alone { "127.0.0.1" } else { "0.0.0.0" };
-    let folder = folder.display().to_string();
-    if folder.contains(['"', '\\', '\n']) {
-        return Err(LaunchError::usage(
-            format!("the run folder `{folder}` has a quote or backslash in its name"),
-            "choose another",
-        ));
-    }
-    let input = format!(
-        "bind {bind}\nport {port}\nrequirepass {password}\ndir \"{folder}\"\ndaemonize no\nappendonly yes\nsave \"\"\nmaxmemory-policy noeviction\n"
-    );
+    let config = ServerConfig { bind, port, password, dir: &folder, log: None, maxmemory_bytes: None };
     Ok(Process {
         name: "redis".into(),
         kind: Kind::Redis,
         program: "redis-server".into(),
         arguments: vec!["-".into()],
         environment: Vec::new(),
-        input: Some(input),
+        input: Some(config.to_string()),
         awaits_port: Some(port),
     })
 }

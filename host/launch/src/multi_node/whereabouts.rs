@@ -110,9 +110,14 @@ impl Whereabouts {
 
     /// The first node's address, as it stands in a URL.
     pub fn first_host(&self) -> String {
-        let first = self.addresses.first().map(String::as_str).unwrap_or("127.0.0.1");
+        self.host_of(0)
+    }
+
+    /// A node's address, as it stands before a port.
+    pub fn host_of(&self, node: usize) -> String {
+        let host = self.addresses.get(node).map(String::as_str).unwrap_or("127.0.0.1");
         // A bare IPv6 address is full of colons.
-        if first.contains(':') && !first.starts_with('[') { format!("[{first}]") } else { first.into() }
+        if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.into() }
     }
 }
 

@@ -1,32 +1,9 @@
 //! How many replicas of which size a config asks for.
 
 use cosmos_config::{Config, Distillation, Parallelism, TrainPolicy, Wire};
-use serde::{Deserialize, Serialize};
+use cosmos_controller::Role;
 
 use crate::error::{LaunchError, Result};
-
-/// What a replica does. The order is that of placement.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Trains the student.
-    Policy,
-    /// Writes completions.
-    Rollout,
-    /// Scores them.
-    Teacher,
-}
-
-impl Role {
-    /// As in names of replicas and commands.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Policy => "policy",
-            Self::Rollout => "rollout",
-            Self::Teacher => "teacher",
-        }
-    }
-}
 
 /// Replicas of one kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +35,16 @@ pub struct Counts {
     /// Teachers; the original calls them reference replicas. Of several teachers, replicas of each that has no parallelism
     /// table of its own.
     pub teacher: Option<usize>,
+}
+
+impl Counts {
+    /// `--set` arguments that put them into the config, so that all processes read the same: the controller has to know for
+    /// how many policies a step waits.
+    pub fn overrides(&self) -> Vec<String> {
+        let counts = [("policy", self.policy), ("rollout", self.rollout), ("distillation", self.teacher)];
+        let given = counts.into_iter().filter_map(|(table, count)| Some((table, count?)));
+        given.map(|(table, count)| format!("{table}.parallelism.n_init_replicas={count}")).collect()
+    }
 }
 
 /// Whether a device name is a GPU's.

@@ -27,7 +27,7 @@ impl fmt::Display for Placement {
                     1 => "-".into(),
                     _ => format!("node {}:{}", replica.rendezvous.node, replica.rendezvous.port),
                 };
-                let name = replica.name.clone();
+                let name = replica.process_name(part);
                 rows.push([node.to_string(), name, ranks, devices, cores, part.port.to_string(), meeting]);
             }
         }

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 
 fn space(gpus_per_node: usize) -> Space {
-    Space { gpus_per_node, cores_per_node: 64, nodes: None, ports: Ports::default() }
+    Space { gpus_per_node, cores_per_node: 64, ranks_per_node: 0, nodes: None, ports: Ports::default() }
 }
 
 fn demand(policy: (usize, usize), rollout: (usize, usize), teacher: (usize, usize)) -> Vec<Demand> {
@@ -59,6 +59,23 @@ fn on_cpus_the_cores_are_divided() {
     let two = place(&demand((1, 1), (2, 1), (1, 1)), &Space { nodes: Some(2), ..cpu }).unwrap();
     assert_eq!(two.nodes, 2);
     assert!(two.replicas.iter().all(|r| r.parts[0].cores == 4));
+}
+
+#[test]
+fn large_replicas_on_cpus_have_processes_on_several_nodes() {
+    let cpu = Space { cores_per_node: 8, ranks_per_node: 2, nodes: Some(2), ..space(0) };
+    let placement = place(&demand((1, 4), (1, 4), (1, 2)), &cpu).unwrap();
+    assert_eq!(placement.nodes, 2);
+    let parts = |replica: usize| -> Vec<(usize, usize, usize)> {
+        placement.replicas[replica].parts.iter().map(|p| (p.node, p.first_rank, p.ranks)).collect()
+    };
+    assert_eq!(parts(0), [(0, 0, 2), (1, 2, 2)]);
+    assert_eq!((parts(1).len(), parts(2).len()), (1, 1));
+    // On one node they are processes beside each other.
+    let local = place(&demand((1, 4), (1, 1), (1, 1)), &Space { nodes: Some(1), ..cpu.clone() }).unwrap();
+    assert_eq!((local.nodes, local.replicas[0].parts.len()), (1, 2));
+    let uneven = place(&demand((1, 3), (1, 1), (0, 1)), &cpu).unwrap_err().to_string();
+    assert!(uneven.contains("policy of 3 ranks needs 2 processes of at most 2"), "{uneven}");
 }
 
 #[test]

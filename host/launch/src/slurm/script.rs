@@ -84,6 +84,7 @@ pub(super) fn render(job: &Job) -> Result<String> {
         nodes,
         gpus_per_node: job.placement.gpus_per_node,
         cores_per_node: job.cores_per_node,
+        ranks_per_node: job.ranks_per_node,
         ports: job.placement.ports,
         save_wait_s: job.pre_timeout_s.saturating_sub(MARGIN_S).max(1),
         one_process: job.one_process,

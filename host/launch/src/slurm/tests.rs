@@ -11,7 +11,7 @@ fn job(folder: &Path) -> Job {
     std::fs::write(&plugin, "plugin").unwrap();
     let demands =
         [(Role::Policy, 2), (Role::Rollout, 4), (Role::Teacher, 2)].map(|(role, ranks)| Demand::new(role, 1, ranks));
-    let space = Space { gpus_per_node: 8, cores_per_node: 0, nodes: None, ports: Ports::default() };
+    let space = Space { gpus_per_node: 8, cores_per_node: 0, ranks_per_node: 0, nodes: None, ports: Ports::default() };
     Job {
         name: "cosmos_job".into(),
         folder: folder.join("it's a job"),
@@ -22,6 +22,7 @@ fn job(folder: &Path) -> Job {
         one_process: false,
         placement: place(&demands, &space).unwrap(),
         cores_per_node: 0,
+        ranks_per_node: 0,
         partition: Some("pool0".into()),
         account: None,
         time: "04:00:00".into(),
@@ -96,10 +97,13 @@ fn what_cannot_work_is_refused_before_it_is_queued() {
     assert!(refused(Job { extra_sbatch: vec!["a\nb".into()], ..base.clone() }).contains("no option of sbatch"));
     let twice = vec![base.plugins[0].clone(), base.plugins[0].clone()];
     assert!(refused(Job { plugins: twice, ..base.clone() }).contains("two plugins"));
-    let demands = [Demand::new(Role::Policy, 1, 16)];
-    let space = Space { gpus_per_node: 8, cores_per_node: 0, nodes: None, ports: Ports::default() };
+    // A policy over two nodes is two processes; a rollout cannot be.
+    let demands = [Demand::new(Role::Policy, 1, 16), Demand::new(Role::Rollout, 1, 16)];
+    let space = Space { gpus_per_node: 8, cores_per_node: 0, ranks_per_node: 0, nodes: None, ports: Ports::default() };
     let placement = place(&demands, &space).unwrap();
-    assert!(refused(Job { placement, ..base }).contains("not started yet"));
+    assert!(refused(Job { placement, ..base.clone() }).contains("`rollout-0` has 16 ranks on 2 nodes"));
+    let placement = place(&demands[..1], &space).unwrap();
+    assert!(script_of(&Job { placement, ..base }).unwrap().contains("#SBATCH --nodes=2"));
 }
 
 #[test]

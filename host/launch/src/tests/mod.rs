@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use cosmos_config::{ConfigFile, Host};
 
+use crate::placement::Counts;
 use crate::process::{Show, Spec, in_words};
 use crate::stop::StopFlag;
 use crate::supervise::Crew;
-use crate::{Counts, LaunchError, Machine, Outcome, placement};
+use crate::{LaunchError, Machine, Outcome, local_plan};
 
 /// Ends orderly, with this exit code, when its standard input ends.
 const WAITS: &str = "cat > /dev/null; exit 75";
@@ -183,8 +184,8 @@ fn the_placement_follows_the_config_and_the_flags() {
          [train.train_policy]\ntype = \"grpo\"\n",
     );
     let rows = |counts, cores| -> Vec<(String, usize, Option<usize>)> {
-        let placement = placement(&resolved.config, counts, &cpus(cores)).unwrap();
-        placement.places.into_iter().map(|p| (p.name, p.ranks, p.cores)).collect()
+        let plan = local_plan(&resolved.config, counts, &cpus(cores)).unwrap();
+        plan.processes.into_iter().map(|p| (p.name, p.ranks, p.cores)).collect()
     };
     let row = |name: &str, ranks, cores| (name.to_owned(), ranks, cores);
     assert_eq!(
@@ -198,26 +199,28 @@ fn the_placement_follows_the_config_and_the_flags() {
             row("teacher-1", 1, Some(2)),
         ]
     );
-    let counts = Counts { rollouts: Some(3), teachers: Some(1), ..Counts::default() };
+    let counts = Counts { rollout: Some(3), teacher: Some(1), ..Counts::default() };
     assert_eq!(
         rows(counts, 2).iter().filter(|(name, _, cores)| name.starts_with("rollout-") && *cores == Some(1)).count(),
         3
     );
     for (counts, text) in [
-        (Counts { policies: Some(0), ..Counts::default() }, "1 to 256 policies, and not 0"),
-        (Counts { rollouts: Some(999), ..Counts::default() }, "1 to 256 rollouts, and not 999"),
+        (Counts { policy: Some(0), ..Counts::default() }, "1 to 256 policies, and not 0"),
+        (Counts { rollout: Some(999), ..Counts::default() }, "1 to 256 rollouts, and not 999"),
     ] {
-        let error = placement(&resolved.config, counts, &cpus(4)).unwrap_err();
+        let error = local_plan(&resolved.config, counts, &cpus(4)).unwrap_err();
         assert!(error.to_string().contains(text) && error.is_usage(), "{error}");
     }
     let grpo = config("[train.train_policy]\ntype = \"grpo\"\n");
-    let error = placement(&grpo.config, Counts { teachers: Some(1), ..Counts::default() }, &cpus(4)).unwrap_err();
+    let error = local_plan(&grpo.config, Counts { teacher: Some(1), ..Counts::default() }, &cpus(4)).unwrap_err();
     assert!(error.to_string().contains("no distillation"), "{error}");
-    assert!(placement(&grpo.config, Counts::default(), &cpus(4)).unwrap().places.iter().all(|p| p.role != "teacher"));
+    assert!(
+        local_plan(&grpo.config, Counts::default(), &cpus(4)).unwrap().processes.iter().all(|p| p.role != "teacher")
+    );
     let sft = config("[train.train_policy]\ntype = \"sft\"\n");
-    assert!(matches!(placement(&sft.config, Counts::default(), &cpus(4)), Err(LaunchError::Config { .. })));
+    assert!(matches!(local_plan(&sft.config, Counts::default(), &cpus(4)), Err(LaunchError::Config { .. })));
     let url = config("redis = \"rediss://user:pw@far:6379\"\n[train.train_policy]\ntype = \"grpo\"\n");
-    assert!(placement(&url.config, Counts::default(), &cpus(4)).unwrap().places.iter().all(|p| p.name != "redis"));
+    assert!(local_plan(&url.config, Counts::default(), &cpus(4)).unwrap().processes.iter().all(|p| p.name != "redis"));
 }
 
 #[test]
@@ -228,10 +231,10 @@ fn on_gpus_every_role_sees_its_own() {
                 [policy.parallelism]\ntp_size = 2\n[rollout.parallelism]\ntp_size = 1\n\
                 [train.train_policy]\ntype = \"grpo\"\n[host]\ndevice = \"burn:cuda\"\n";
     let resolved = config(text);
-    let placed = |machine: &Machine| placement(&resolved.config, Counts::default(), machine);
+    let placed = |machine: &Machine| local_plan(&resolved.config, Counts::default(), machine);
     let machine = Machine { cores: 10, ..Machine::this(Some("4, 5,6,GPU-7,8")) };
     let rows: Vec<(String, String, Option<usize>)> =
-        placed(&machine).unwrap().places.into_iter().map(|p| (p.name, p.devices.join(","), p.cores)).collect();
+        placed(&machine).unwrap().processes.into_iter().map(|p| (p.name, p.devices.join(","), p.cores)).collect();
     let row = |name: &str, devices: &str, cores| (name.to_owned(), devices.to_owned(), cores);
     assert_eq!(
         rows,
@@ -249,7 +252,7 @@ fn on_gpus_every_role_sees_its_own() {
     assert!(error.to_string().contains("takes 5 GPUs (1 × policy of 2, ") && error.is_usage(), "{error}");
     assert!(error.hint().unwrap().contains("--share-gpus"));
     let shared = placed(&Machine { share_gpus: true, ..four }).unwrap();
-    let devices: Vec<String> = shared.places.iter().skip(2).map(|p| p.devices.join(",")).collect();
+    let devices: Vec<String> = shared.processes.iter().skip(2).map(|p| p.devices.join(",")).collect();
     assert_eq!(devices, ["0,1", "2", "3", "0"]);
     for (visible, words) in [("", "no GPU of this machine can be seen"), ("0", "a policy takes 2 GPUs")] {
         let machine = Machine { share_gpus: true, ..Machine::this(Some(visible)) };

@@ -22,12 +22,14 @@ pub(super) enum Operation {
     AllToAll,
     AllGatherBytes,
     Message,
+    /// A part of a sum on its way through the processes of a group.
+    Part,
     /// The sender has failed; the bytes say why.
     Abort,
 }
 
 impl Operation {
-    const ALL: [Operation; 10] = [
+    const ALL: [Operation; 11] = [
         Operation::AllReduceSum,
         Operation::AllReduceMax,
         Operation::AllGather,
@@ -37,6 +39,7 @@ impl Operation {
         Operation::AllToAll,
         Operation::AllGatherBytes,
         Operation::Message,
+        Operation::Part,
         Operation::Abort,
     ];
 
@@ -51,6 +54,7 @@ impl Operation {
             Operation::AllToAll => "all_to_all",
             Operation::AllGatherBytes => "all_gather_bytes",
             Operation::Message => "recv",
+            Operation::Part => "sum",
             Operation::Abort => "abort",
         }
     }
@@ -124,7 +128,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_come_back(kind in 0..10_usize, root in prop::option::of(0..4096_usize), sequence: u64, total: u64, len in 0..=CHUNK_BYTES_MAX) {
+        fn headers_come_back(kind in 0..11_usize, root in prop::option::of(0..4096_usize), sequence: u64, total: u64, len in 0..=CHUNK_BYTES_MAX) {
             let header = Header { operation: Operation::ALL[kind], root, sequence, total, len };
             let mut bytes = vec![7; 3];
             header.start(&mut bytes);

@@ -100,7 +100,7 @@ fn check(options: &SocketOptions, listens: bool) -> Result<()> {
     }
 }
 
-fn nonce() -> Result<[u8; NONCE_BYTES]> {
+pub(crate) fn nonce() -> Result<[u8; NONCE_BYTES]> {
     let mut nonce = [0; NONCE_BYTES];
     getrandom::fill(&mut nonce)
         .map_err(|error| ParallelError::BadGroup { reason: format!("no random numbers: {error}") })?;

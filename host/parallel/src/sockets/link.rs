@@ -15,8 +15,12 @@ use crate::{ParallelError, Result};
 /// Frames of collectives that may wait to be taken; the ranks go in lockstep, so that two are enough.
 const FRAMES_MAX: usize = 8;
 
-/// Frames of messages between two ranks that may wait to be received: 64 MiB.
-const MAIL_FRAMES_MAX: usize = 64;
+/// Frames of messages between two ranks that may wait to be received: 1 GiB. Pipeline stages send to each other before either
+/// receives, so that what one step sends must fit.
+const MAIL_FRAMES_MAX: usize = 1024;
+
+/// Frames of sums that may wait; more than [`super::PARTS_AHEAD`], so that nobody who sums waits for a reader.
+const PARTS_MAX: usize = 4 * super::PARTS_AHEAD;
 
 /// How often who is blocked looks at the state of the group, and whether to stop.
 const POLL: Duration = Duration::from_millis(50);
@@ -28,6 +32,26 @@ const REASON_BYTES_MAX: usize = 1024;
 pub(super) enum Queue {
     Collective,
     Mail,
+    Parts,
+}
+
+impl Queue {
+    fn of(operation: Operation) -> Queue {
+        match operation {
+            Operation::Message => Queue::Mail,
+            Operation::Part => Queue::Parts,
+            _ => Queue::Collective,
+        }
+    }
+
+    /// Frames that may wait in it.
+    fn frames_max(self) -> usize {
+        match self {
+            Queue::Collective => FRAMES_MAX,
+            Queue::Mail => MAIL_FRAMES_MAX,
+            Queue::Parts => PARTS_MAX,
+        }
+    }
 }
 
 /// The connections of a rank, by rank.
@@ -63,7 +87,18 @@ struct State {
 struct Inbox {
     collective: VecDeque<(Header, Vec<u8>)>,
     mail: VecDeque<(Header, Vec<u8>)>,
+    parts: VecDeque<(Header, Vec<u8>)>,
     gone: Option<Gone>,
+}
+
+impl Inbox {
+    fn of(&mut self, queue: Queue) -> &mut VecDeque<(Header, Vec<u8>)> {
+        match queue {
+            Queue::Collective => &mut self.collective,
+            Queue::Mail => &mut self.mail,
+            Queue::Parts => &mut self.parts,
+        }
+    }
 }
 
 /// Why nothing more comes from a rank.
@@ -114,6 +149,18 @@ impl Links {
 
     pub(super) fn address_of(&self, rank: usize) -> Option<SocketAddr> {
         Some(self.peers.get(rank)?.as_ref()?.address)
+    }
+
+    /// This machine's address on the connection to another rank.
+    pub(super) fn own_ip(&self, rank: usize) -> Option<std::net::IpAddr> {
+        Some(self.peers.get(rank)?.as_ref()?.stream.local_addr().ok()?.ip())
+    }
+
+    /// Why nothing more comes from some rank, if that is so.
+    pub(super) fn lost(&self) -> Option<ParallelError> {
+        let gone = |(rank, inbox): (usize, &Inbox)| Some((rank, inbox.gone.clone()?));
+        let (rank, gone) = self.shared.lock().inboxes.iter().enumerate().find_map(gone)?;
+        Some(self.gone("watch", rank, gone))
     }
 
     fn named(&self, rank: usize) -> String {
@@ -198,18 +245,21 @@ impl Links {
             let mut failed = None;
             pending.retain(|(rank, header)| {
                 let inbox = &mut state.inboxes[*rank];
-                let frames = if queue == Queue::Mail { &mut inbox.mail } else { &mut inbox.collective };
-                match frames.pop_front() {
+                match inbox.of(queue).pop_front() {
                     Some((got, bytes)) if got == *header => {
                         came[*rank] = bytes;
                         false
                     }
                     Some((got, _)) => {
-                        failed.get_or_insert(ParallelError::Disagreement {
-                            rank: *rank,
-                            called: got.to_string(),
-                            other: me,
-                            other_called: header.to_string(),
+                        failed.get_or_insert_with(|| match &inbox.gone {
+                            // What it was at no longer matters.
+                            Some(gone @ Gone::Aborted(_)) => self.gone(header.operation.name(), *rank, gone.clone()),
+                            _ => ParallelError::Disagreement {
+                                rank: *rank,
+                                called: got.to_string(),
+                                other: me,
+                                other_called: header.to_string(),
+                            },
                         });
                         true
                     }
@@ -297,16 +347,11 @@ fn read_all(rank: usize, mut stream: TcpStream, shared: &Shared) {
             }
             Ok((header, bytes)) => {
                 let mut state = shared.lock();
-                let mail = header.operation == Operation::Message;
-                let full = |inbox: &Inbox| match mail {
-                    true => inbox.mail.len() >= MAIL_FRAMES_MAX,
-                    false => inbox.collective.len() >= FRAMES_MAX,
-                };
-                while full(&state.inboxes[rank]) && !state.closed {
+                let queue = Queue::of(header.operation);
+                while state.inboxes[rank].of(queue).len() >= queue.frames_max() && !state.closed {
                     state = shared.changed.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
                 }
-                let inbox = &mut state.inboxes[rank];
-                if mail { &mut inbox.mail } else { &mut inbox.collective }.push_back((header, bytes));
+                state.inboxes[rank].of(queue).push_back((header, bytes));
                 drop(state);
                 shared.changed.notify_all();
             }

@@ -333,6 +333,9 @@ fn a_wait_that_is_not_wanted_any_more_ends() {
     assert!(!waiting.is_finished());
     stop.store(true, Ordering::Relaxed);
     assert_eq!(waiting.join().unwrap(), ParallelError::Stopped { operation: "all_reduce_sum" });
+    while other.lost().is_none() {
+        thread::sleep(Duration::from_millis(5));
+    }
     let error = other.barrier().unwrap_err();
     assert!(matches!(&error, ParallelError::Broken { rank: 0, .. } | ParallelError::Lost { rank: 0, .. }), "{error}");
 }

@@ -177,6 +177,8 @@ impl Books {
             "train/reward_mean",
             "train/grad_norm",
             "rollout/completion_length_mean",
+            "rollout/logprob_mismatch_mean",
+            "rollout/logprob_mismatch_max",
         ];
         let mut line: Vec<(&str, f64)> = wanted
             .iter()

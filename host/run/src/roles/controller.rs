@@ -9,16 +9,16 @@ use std::time::Duration;
 
 use cosmos_broker::{RedisAddress, RedisLink, RedisServer, ServerOptions, open_or_start};
 use cosmos_config::shapes::FlagOrText;
-use cosmos_control::{End, Endpoint, EndpointOptions, Report, Token};
-use cosmos_controller::{Event, Order, Outcome, Role};
+use cosmos_control::{End, Endpoint, EndpointOptions, Need, Report, Token};
+use cosmos_controller::{Controller, Event, Order, Outcome, Role};
 use cosmos_report::{Progress, ProgressKind, RunFolder};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint;
 use crate::error::{Result, RunError};
 use crate::prepare::{self, Base, Prompts};
 use crate::records::{History, Records, Throughput};
+use crate::resume::{self, Begun};
 use crate::rewards::Tally;
 use crate::roles::books::{Books, TeacherView, write_description};
 use crate::roles::foreign;
@@ -27,7 +27,7 @@ use crate::roles::seat::{RunInfo, identity};
 use crate::roles::shelves;
 use crate::roles::trainer::TrainNotes;
 use crate::roles::writer::WrittenNotes;
-use crate::roles::{RoleOptions, RoleOutcome};
+use crate::roles::{RoleOptions, RoleOutcome, teacher};
 use crate::signals::StopFlag;
 use crate::validation::Share;
 
@@ -54,6 +54,9 @@ struct Page {
     checkpoint: Option<PathBuf>,
     /// Steps with a loss or gradient that was not finite.
     bad_steps: Vec<u64>,
+    /// Those before them that are only counted: of before the checkpoint that this controller's part of the run began with.
+    #[serde(default)]
+    skipped_before: u64,
     /// Lengths of the record files, in bytes.
     metrics_bytes: u64,
     samples_bytes: u64,
@@ -78,6 +81,32 @@ impl Page {
                 self.samples.pop();
             }
         }
+    }
+
+    /// The page of a run that begins anew with a checkpoint: nothing before it is ever taken back.
+    fn of(begun: &Begun) -> Self {
+        let (step, in_a_row) = (begun.controller.step(), begun.history.skipped_in_a_row);
+        Self {
+            step,
+            bad_steps: (step.saturating_sub(in_a_row) + 1..=step).collect(),
+            samples: vec![(begun.controller.trained(), 1)],
+            history: begun.history.clone(),
+            tally: begun.tally,
+            skipped_before: begun.history.skipped_steps.saturating_sub(in_a_row),
+            checkpoint: Some(begun.checkpoint.clone()),
+            ..Self::default()
+        }
+    }
+
+    /// Takes back what came after `step` from the numbers of the whole run.
+    fn forget_after(&mut self, step: u64) {
+        self.bad_steps.retain(|bad| *bad <= step);
+        let in_a_row = self.bad_steps.iter().rev().enumerate().take_while(|(i, bad)| **bad + *i as u64 == step);
+        self.history.skipped_in_a_row = in_a_row.count() as u64;
+        self.history.skipped_steps = self.skipped_before + self.bad_steps.len() as u64;
+        self.history.validations.retain(|v| v.step <= step);
+        self.take_back(self.step.saturating_sub(step));
+        self.step = step;
     }
 
     fn samples_total(&self) -> u64 {
@@ -109,9 +138,7 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
             "go on with it by `--resume`, or take another folder",
         ));
     }
-    if !known && resume {
-        check_is_ours(&root)?;
-    }
+    let begun = if resume && !known { resume::begun(&root)? } else { None };
     if let FlagOrText::Text(checkpoint) = &config.train.resume {
         return Err(RunError::config(
             prepare::place(&base.resolved, "train.resume"),
@@ -121,21 +148,28 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
             "name its run folder with `--resume` instead, or start anew from `ckpt export`'s folder as `policy.model_name_or_path`",
         ));
     }
-    let folder = if known { RunFolder::open_existing(&root)? } else { RunFolder::create(&root)? };
-    write_description(&folder, &base, &prompts.plugins, &prompts.uses)?;
+    let old = known || begun.is_some();
+    let folder = if old { RunFolder::open_existing(&root)? } else { RunFolder::create(&root)? };
+    if !known {
+        write_description(&folder, &base, &prompts.plugins, &prompts.uses)?;
+    }
     let run = run_name(&root)?;
     // Lives as long as this process.
     let (broker_url, server) = broker(&base, &options, &root)?;
     let total_steps = plan.total_steps();
     let identity = identity(&base.resolved, &options.plugins)?;
-    let controller = cosmos_controller::Controller::new(plan.clone());
-    let mut clerk = Clerk::open(&base, &prompts, folder, total_steps)?;
+    let mut clerk = Clerk::open(&base, &prompts, folder, total_steps, begun.as_ref())?;
+    let controller = match begun {
+        None => Controller::new(plan.clone()),
+        Some(begun) => Controller::resume(plan.clone(), begun.controller),
+    };
     for line in base.plan(&prompts, &plan, &crate::teachers::specs(&base)?).lines() {
         clerk.books.records.progress.note(&line);
     }
-    let mut needs = vec![Role::Policy, Role::Rollout];
+    let mut needs = vec![Need::from(Role::Policy), Need::from(Role::Rollout)];
     if config.distillation.enable && !foreign::has_the_teacher(config) {
-        needs.push(Role::Teacher);
+        let names = config.distillation.each_teacher().into_iter().map(|teacher| teacher.name);
+        needs.extend(teacher::needs(names.collect()));
     }
     let end_for = foreign::has_the_teacher(config).then(|| (broker_url.clone(), run.clone()));
     let info = RunInfo { run, broker_url, run_folder: root.clone(), total_steps };
@@ -149,8 +183,12 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
         reopen: options.resume && !options.restarted,
         deadlines: super::deadlines(config),
     };
-    drop(prompts);
     let (endpoint, reports) = Endpoint::start(endpoint, controller)?;
+    if known {
+        // Not before the ledger has said that it is this run's.
+        write_description(&clerk.books.records.folder, &base, &prompts.plugins, &prompts.uses)?;
+    }
+    drop(prompts);
     clerk.books.records.progress.note(&format!("controller at {}", endpoint.url()));
     let outcome = serve(&endpoint, &reports, &mut clerk, &stop)?;
     if let (RoleOutcome::Done, Some((broker_url, run))) = (&outcome, end_for) {
@@ -161,21 +199,9 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
     }
     if let (Some(server), RoleOutcome::Done) = (server, &outcome) {
         drop(server);
-        let _ = fs::remove_dir_all(clerk.books.records.folder.root().join("redis"));
+        remove(&clerk.books.records.folder.root().join("redis"));
     }
     Ok(outcome)
-}
-
-/// Refuses to go on with a run that has no ledger: its checkpoints are those of `run`.
-fn check_is_ours(root: &Path) -> Result<()> {
-    match checkpoint::newest(&root.join("checkpoints"))? {
-        None => Ok(()),
-        Some(found) => Err(RunError::config(
-            "",
-            format!("{} holds a run of one process, which wrote {}", root.display(), found.display()),
-            "go on with it by `run --resume`, or start anew in another folder from `ckpt export`'s folder as `policy.model_name_or_path`",
-        )),
-    }
 }
 
 fn serve(endpoint: &Endpoint, reports: &Receiver<Report>, clerk: &mut Clerk, stop: &StopFlag) -> Result<RoleOutcome> {
@@ -191,6 +217,7 @@ fn serve(endpoint: &Endpoint, reports: &Receiver<Report>, clerk: &mut Clerk, sto
         match reports.recv_timeout(if end.is_some() { Duration::ZERO } else { LOOK }) {
             Ok(report) => {
                 let (seq, step) = (report.seq, clerk.page.step);
+                let is_checkpoint = matches!(report.order, Order::Save { hand_over: false, .. });
                 if let Err(error) = clerk.enter(report) {
                     let error = error.during(step);
                     endpoint.fail(error.to_string());
@@ -198,6 +225,9 @@ fn serve(endpoint: &Endpoint, reports: &Receiver<Report>, clerk: &mut Clerk, sto
                     return Err(error);
                 }
                 endpoint.recorded(seq);
+                if is_checkpoint && let Err(error) = endpoint.compact() {
+                    tracing::warn!("the ledger stays as long as it is: {error}");
+                }
                 continue;
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
@@ -205,7 +235,8 @@ fn serve(endpoint: &Endpoint, reports: &Receiver<Report>, clerk: &mut Clerk, sto
         match end {
             None => {}
             Some(End::Done) => {
-                clerk.finish()?;
+                let made = endpoint.status()?["run"]["step"].as_u64();
+                clerk.finish(made.unwrap_or(clerk.page.step))?;
                 tidy(clerk.books.records.folder.root());
                 return Ok(RoleOutcome::Done);
             }
@@ -221,35 +252,63 @@ fn serve(endpoint: &Endpoint, reports: &Receiver<Report>, clerk: &mut Clerk, sto
     }
 }
 
+/// What the books of a run folder say of the run as of `step`; what they do not know is left out.
+pub fn history_at(run_folder: &Path, step: u64) -> Result<(History, Tally)> {
+    let mut page = read_page(&run_folder.join(BOOKS))?;
+    let tally = if page.step == step { page.tally } else { Tally::default() };
+    page.forget_after(step);
+    Ok((page.history, tally))
+}
+
 /// Takes away what only processes of a run that is going on need. What is left over costs space and nothing else.
-fn tidy(root: &Path) {
-    for folder in [shelves::WEIGHTS, shelves::TEACHERS, super::HAND_OVER] {
-        if let Err(error) = fs::remove_dir_all(root.join(folder))
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::debug!("{folder} of the run stays: {error}");
-        }
+pub fn tidy(root: &Path) {
+    [shelves::WEIGHTS, shelves::TEACHERS, super::HAND_OVER].iter().for_each(|folder| remove(&root.join(folder)));
+}
+
+fn remove(folder: &Path) {
+    if let Err(error) = fs::remove_dir_all(folder)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::debug!("{} stays: {error}", folder.display());
     }
 }
 
 impl Clerk {
     /// Opens the books of a run folder, and brings the record files to where the last page was written.
-    fn open(base: &Base, prompts: &Prompts, folder: RunFolder, total_steps: u64) -> Result<Self> {
+    /// `begun`: a checkpoint that the run begins with.
+    fn open(
+        base: &Base,
+        prompts: &Prompts,
+        folder: RunFolder,
+        total_steps: u64,
+        begun: Option<&Begun>,
+    ) -> Result<Self> {
         let at = folder.root().join(BOOKS);
-        let page = read_page(&at)?;
-        // Lines after the last page belong to a report that will come again.
-        cut(&folder.metrics_jsonl(), page.metrics_bytes)?;
-        cut(&folder.samples_jsonl(), page.samples_bytes)?;
+        let page = match begun {
+            Some(begun) => Page::of(begun),
+            None => {
+                let page = read_page(&at)?;
+                // Lines after the last page belong to a report that will come again.
+                cut(&folder.metrics_jsonl(), page.metrics_bytes)?;
+                cut(&folder.samples_jsonl(), page.samples_bytes)?;
+                page
+            }
+        };
         let progress = Progress::new(ProgressKind::detect(), total_steps);
         progress.note(&format!("run folder {}", folder.root().display()));
         if page.step > 0 {
             progress.start_at(page.step);
             progress.note(&format!("resumed at step {}", page.step));
         }
-        let records = Records::open(folder, progress, page.history.clone(), None)?;
+        let records = Records::open(folder, progress, page.history.clone(), begun.map(|_| page.step))?;
         let mut books = Books::new(base, prompts, records, page.tally, total_steps);
         books.generated = page.generated;
-        Ok(Self { books, page, at })
+        let mut clerk = Self { books, page, at };
+        if begun.is_some() {
+            // Before there is a ledger, which would pass for the whole run's.
+            clerk.turn(0)?;
+        }
+        Ok(clerk)
     }
 
     /// Takes a report into the books. One that they hold already changes nothing.
@@ -258,12 +317,15 @@ impl Clerk {
             return Ok(());
         }
         let seq = report.seq;
+        if let Some(step) = standing(&report).filter(|_| !self.is_of_a_step_under_way(&report)) {
+            self.stands_at(step)?;
+        }
         match (&report.order, &report.outcome) {
             (Order::Generate { .. }, Outcome::Generated { .. }) => {
                 let notes: WrittenNotes = notes(&report)?;
                 self.books.written(&notes);
             }
-            (Order::Train { step, members, attempt, .. }, Outcome::Trained) => {
+            (Order::Train { step, members, attempt, .. }, Outcome::Trained | Outcome::Unpublished) => {
                 let (step, members, attempt) = (*step, members.clone(), *attempt);
                 self.trained(report, step, &members, attempt)?;
             }
@@ -286,36 +348,77 @@ impl Clerk {
     }
 
     fn trained(&mut self, report: Report, step: u64, members: &[(String, String)], attempt: u64) -> Result<()> {
-        if step <= self.page.step {
-            self.roll_back(step - 1)?;
-        }
         self.page.pending.push(report);
-        let of_attempt = |r: &Report| matches!(&r.order, Order::Train { attempt: a, .. } if *a == attempt);
-        let mut by_member: BTreeMap<&str, &Report> = BTreeMap::new();
-        for report in self.page.pending.iter().filter(|r| of_attempt(r)) {
-            by_member.insert(&report.replica, report);
+        match self.members_heard(attempt) == members.len() {
+            true => self.record_step(step, attempt),
+            false => Ok(()),
         }
-        let present: Vec<&Report> =
-            members.iter().filter_map(|(name, _)| by_member.get(name.as_str()).copied()).collect();
-        if present.len() < members.len() {
+    }
+
+    /// Whether another member has told of the same attempt at a step.
+    fn is_of_a_step_under_way(&self, report: &Report) -> bool {
+        matches!(report.order, Order::Train { attempt, .. } if self.members_heard(attempt) > 0)
+    }
+
+    /// Members that have told what they know of an attempt at a step.
+    fn members_heard(&self, attempt: u64) -> usize {
+        self.page.pending.iter().filter(|r| is_of_attempt(r, attempt)).count()
+    }
+
+    /// The run stands at `step` for certain. A step before it that some of its members have told of, and others have not
+    /// before they were lost, is recorded by what is known of it; what comes after it is taken back.
+    fn stands_at(&mut self, step: u64) -> Result<()> {
+        if step < self.page.step {
+            return self.roll_back(step);
+        }
+        let attempts = self.page.pending.iter().filter_map(|report| match &report.order {
+            Order::Train { step: made, attempt, members, .. } => Some((*made, *attempt, members.clone())),
+            _ => None,
+        });
+        let Some((made, attempt, members)) = attempts.max_by_key(|(_, attempt, _)| *attempt) else { return Ok(()) };
+        if made > step {
+            // Those who have made it are gone, and it is made again.
+            self.page.pending.retain(|r| !matches!(r.order, Order::Train { .. }));
             return Ok(());
         }
-        let all: Vec<TrainNotes> = present.iter().map(|report| notes(report)).collect::<Result<_>>()?;
-        let (mut samples, mut outdated) = (Vec::new(), 0);
+        let heard = |name: &String| self.page.pending.iter().any(|r| is_of_attempt(r, attempt) && r.replica == *name);
+        let silent: Vec<&str> =
+            members.iter().map(|(name, _)| name).filter(|n| !heard(n)).map(String::as_str).collect();
+        tracing::warn!(
+            "step {made} is recorded without what {} had to tell of it before it was lost",
+            silent.join(", ")
+        );
+        self.record_step(made, attempt)
+    }
+
+    /// Records step `step` by what its members have told of it.
+    fn record_step(&mut self, step: u64, attempt: u64) -> Result<()> {
+        let trained = std::mem::take(&mut self.page.pending).into_iter();
+        let (trained, others) = trained.partition(|r| matches!(r.order, Order::Train { .. }));
+        self.page.pending = others;
+        let mut heard: Vec<Report> = trained;
+        heard.retain(|report| is_of_attempt(report, attempt));
+        let rank = |report: &Report| match &report.order {
+            Order::Train { members, .. } => members.iter().position(|(name, _)| *name == report.replica),
+            _ => None,
+        };
+        heard.sort_by_key(rank);
+        let all: Vec<TrainNotes> = heard.iter().map(notes).collect::<Result<_>>()?;
+        let (mut samples, mut outdated, mut ranks) = (Vec::new(), 0, 0);
         // In the order of the ranks, so ascending.
-        for report in &present {
-            if let Order::Train { share, outdated: old, .. } = &report.order {
+        for report in &heard {
+            if let Order::Train { share, outdated: old, members, .. } = &report.order {
                 samples.extend(share.iter().map(|s| s.sample));
-                outdated = old.len();
+                (outdated, ranks) = (old.len(), members.len());
             }
         }
-        self.page.pending.retain(|r| !matches!(&r.order, Order::Train { .. }));
         if all.iter().any(|note| note.bad) {
             self.page.bad_steps.push(step);
         }
         self.books.trained(step, all, &samples, outdated)?;
         self.page.step = step;
-        self.page.add_step(samples.len() as u64);
+        // All shares of a step have one size.
+        self.page.add_step((samples.len() / heard.len().max(1) * ranks) as u64);
         Ok(())
     }
 
@@ -357,19 +460,14 @@ impl Clerk {
     fn roll_back(&mut self, step: u64) -> Result<()> {
         tracing::warn!("the run went back from step {} to step {step}", self.page.step);
         self.books.records.truncate_after(step)?;
-        self.page.bad_steps.retain(|bad| *bad <= step);
-        let history = &mut self.books.records.history;
-        history.validations.retain(|v| v.step <= step);
-        history.skipped_steps = self.page.bad_steps.len() as u64;
-        let in_a_row = self.page.bad_steps.iter().rev().enumerate().take_while(|(i, bad)| **bad + *i as u64 == step);
-        history.skipped_in_a_row = in_a_row.count() as u64;
+        self.page.history = self.books.records.history.clone();
+        self.page.forget_after(step);
+        self.books.records.history = self.page.history.clone();
         self.page.pending.retain(|r| match &r.order {
             Order::Train { .. } => false,
             Order::Validate { step: s, .. } => *s <= step,
             _ => true,
         });
-        self.page.take_back(self.page.step.saturating_sub(step));
-        self.page.step = step;
         Ok(())
     }
 
@@ -389,10 +487,27 @@ impl Clerk {
         Ok(cosmos_report::replace_file(&self.at, &text)?)
     }
 
-    fn finish(&mut self) -> Result<()> {
+    /// The run is over, after `made` steps.
+    fn finish(&mut self, made: u64) -> Result<()> {
+        self.stands_at(made)?;
         let (steps, samples) = (self.page.step, self.page.samples_total());
         self.books.finish(steps, samples, self.page.checkpoint.clone()).map(drop)
     }
+}
+
+/// The step that the run stands at, where a report proves it: orders to load, save and validate are about the current state.
+fn standing(report: &Report) -> Option<u64> {
+    match (&report.order, &report.outcome) {
+        (Order::Train { step, .. }, Outcome::Trained | Outcome::Unpublished) => Some(step.saturating_sub(1)),
+        (Order::Load { step, .. }, Outcome::Loaded)
+        | (Order::Save { step, .. }, Outcome::Saved)
+        | (Order::Validate { step, .. }, Outcome::Validated) => Some(*step),
+        _ => None,
+    }
+}
+
+fn is_of_attempt(report: &Report, attempt: u64) -> bool {
+    matches!(&report.order, Order::Train { attempt: own, .. } if *own == attempt)
 }
 
 fn notes<T: DeserializeOwned>(report: &Report) -> Result<T> {

@@ -39,7 +39,14 @@ impl<S: Send + 'static> Crew<S> {
         wait_ms_max: u64,
         make: impl Fn(RankGroups) -> Result<S> + Send + Sync + 'static,
     ) -> Result<Self> {
-        let mut groups = ThreadWorld::new(mesh, wait_ms_max)?;
+        Self::of(ThreadWorld::new(mesh, wait_ms_max)?, make)
+    }
+
+    /// A rank for each of `groups`, as [`Crew::on`].
+    pub fn of(
+        mut groups: Vec<RankGroups>,
+        make: impl Fn(RankGroups) -> Result<S> + Send + Sync + 'static,
+    ) -> Result<Self> {
         if groups.len() == 1
             && let Some(alone) = groups.pop()
         {

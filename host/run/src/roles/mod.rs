@@ -10,7 +10,9 @@ pub mod crew;
 pub mod depot;
 mod foreign;
 pub mod parcel;
-mod policy;
+pub mod policy;
+mod policy_ranks;
+mod replica;
 mod rollout;
 mod seat;
 mod shelves;
@@ -19,7 +21,9 @@ mod teacher_ranks;
 pub mod trainer;
 pub mod writer;
 
-use std::path::PathBuf;
+pub(crate) use controller::history_at;
+
+use std::path::{Path, PathBuf};
 
 use cosmos_broker::RedisLimits;
 use cosmos_config::{Config, Resolved};
@@ -44,6 +48,8 @@ pub struct RoleOptions {
     pub token: Option<String>,
     /// The replica's name, unique in the run; none: made from role, host and process id.
     pub name: Option<String>,
+    /// Which process of its replica this is, where the replica has several.
+    pub part: Option<ReplicaPart>,
     /// URL of the broker, password included, where the launcher started one; none: the `redis` key of the config. The
     /// controller hands it to the roles as they join.
     pub broker_url: Option<String>,
@@ -51,6 +57,17 @@ pub struct RoleOptions {
     pub resume: bool,
     /// Whether the launcher has started this controller again after it has died, so that it goes on as it was.
     pub restarted: bool,
+}
+
+/// A process of a replica that is larger than a node, and has a process on each of several.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplicaPart {
+    /// This process, from 0; the first one speaks for the replica.
+    pub node: usize,
+    /// How many processes.
+    pub nodes: usize,
+    /// Host and port where the first one waits for the others.
+    pub rendezvous: String,
 }
 
 /// How a process of a run ended, where nothing failed.
@@ -88,6 +105,18 @@ pub fn teacher_alone(options: RoleOptions) -> Result<RoleOutcome> {
     teacher::alone(options)
 }
 
+/// Ends what processes have left in a run folder that one process goes on in: they would go on from another state than
+/// the one that is reached then. A run without processes has nothing of it.
+///
+/// # Errors
+/// A controller that is still at work there.
+pub fn retire(run_folder: &Path) -> Result<()> {
+    if cosmos_control::retire(run_folder)? {
+        controller::tidy(run_folder);
+    }
+    Ok(())
+}
+
 /// Folder of states for policies that join.
 const HAND_OVER: &str = "hand_over";
 
@@ -106,7 +135,7 @@ fn check_processes(base: &Base) -> Result<()> {
 /// Whether a process ends with this error, rather than report it and take the next order: nobody who could be told is there,
 /// or the same would happen again.
 fn is_final(error: &RunError) -> bool {
-    matches!(error, RunError::Control(_) | RunError::Config { .. })
+    matches!(error, RunError::Control(_) | RunError::Config { .. } | RunError::Replica { .. })
 }
 
 /// Whether policies compare whole vocabularies, so that they need the teachers' heads.

@@ -8,33 +8,33 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use cosmos_broker::BrokerStats;
-use cosmos_controller::{Order, OrderId, Outcome, Role, SampleRef};
-use cosmos_engine::head::Head;
-use cosmos_parallel::{Collective, RankGroups, Single, SocketGroup, SocketOptions, SubMesh};
+use cosmos_control::Beating;
+use cosmos_controller::{Controller, Memory, Order, OrderId, Outcome, Role, SampleRef};
+use cosmos_parallel::{Collective, Single};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, HostTensor, Snapshot};
 use crate::error::{Result, RunError};
 use crate::prepare::{self, Base};
 use crate::records::Throughput;
-use crate::roles::crew::Crew;
+use crate::resume::SavedState;
 use crate::roles::depot::{Answers, Depot};
 use crate::roles::foreign::Foreign;
-use crate::roles::seat::{Next, Seat, own_ip};
+use crate::roles::policy_ranks::{Done, Membership, Process, Work};
+use crate::roles::replica::{Party, Replica};
+use crate::roles::seat::{self, RunInfo, Seat, Worker, own_ip};
 use crate::roles::shelves::Shelves;
-use crate::roles::trainer::{TrainNotes, Trainer, notes_of};
+use crate::roles::trainer::{TrainNotes, notes_of};
 use crate::roles::{RoleOptions, RoleOutcome};
 use crate::rollout::Completion;
 use crate::shards;
-use crate::student::{Members, Student};
+use crate::signals::StopFlag;
 use crate::teacher::{Answer, TeacherStats, Wanted};
 use crate::teachers;
 use crate::weights::WeightPublisher;
 
-/// How long the members of a step may take to come together.
-const MEMBERS_MS_MAX: u64 = 120_000;
-/// How long one of them may keep the others waiting in a sum.
-const SUM_MS_MAX: u64 = 600_000;
+/// Folder of checkpoints in the run folder.
+const CHECKPOINTS: &str = "checkpoints";
 /// Bytes of the names of missing samples between members.
 const GONE_BYTES_MAX: usize = 16 << 20;
 
@@ -49,6 +49,9 @@ pub struct PolicyState {
     pub optimizer_steps: u64,
     /// Samples in flight, with their completions.
     pub buffered: Vec<Buffered>,
+    /// What the controller had to remember, for those who go on without its ledger; none in a hand-over.
+    #[serde(default)]
+    pub controller: Option<Memory>,
 }
 
 /// A completion in flight.
@@ -60,25 +63,35 @@ pub struct Buffered {
     pub completion: Completion,
 }
 
-/// One rank's state.
-struct Rank {
-    number: usize,
-    trainer: Trainer,
-    heads: Vec<Box<dyn Head>>,
-    /// The ranks of this process.
-    world: Arc<dyn Collective>,
-    groups: Arc<RankGroups>,
+/// A state that was read.
+struct Found {
+    folder: PathBuf,
+    snapshot: Snapshot,
+    state: PolicyState,
 }
 
-impl Rank {
-    fn student(&self, base: &Base, total_steps: u64) -> Result<Student> {
-        Student::load_rank(base.config(), &base.student_folder, total_steps, &self.groups)
-    }
+/// Where a state is.
+enum State {
+    InMemory,
+    OnDisk(Box<Found>),
+    /// Nothing whole is left of it, for this reason.
+    Gone(String),
+}
+
+/// Reads a state, every file of it verified.
+fn read_state(folder: &Path) -> Result<Found> {
+    let (snapshot, _) = checkpoint::read(folder)?;
+    let state = SavedState::of(&snapshot.state, folder)?.for_policy();
+    Ok(Found { folder: folder.to_path_buf(), snapshot, state })
 }
 
 struct Policy {
     base: Arc<Base>,
-    crew: Crew<Rank>,
+    replica: Replica<Work>,
+    /// What the ranks of this process have in common.
+    process: Arc<Process>,
+    /// The other processes of this policy, where it has several.
+    party: Option<Arc<Party>>,
     depot: Depot,
     seat: Seat,
     wanted: Option<Wanted>,
@@ -87,7 +100,6 @@ struct Policy {
     listener: TcpListener,
     run_folder: PathBuf,
     shelves: Shelves,
-    total_steps: u64,
     /// The step whose state is in memory.
     holds: Option<u64>,
     /// The order that brought it there.
@@ -103,12 +115,24 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
     let base = Base::new(options.resolved.clone())?;
     super::check_processes(&base)?;
     let ip = own_ip(&base, &options)?;
-    let unreachable = |e: std::io::Error| {
-        RunError::shared(ip.to_string(), format!("it cannot be listened on for the other policies: {e}"), "")
-    };
-    let listener = TcpListener::bind((ip, 0)).map_err(unreachable)?;
-    let address = listener.local_addr().map_err(unreachable)?;
-    let mut seat = Seat::take(&base, &options, Role::Policy, Some(address.to_string()))?;
+    let listener = TcpListener::bind((ip, 0)).map_err(|e| unreachable(ip, &e))?;
+    let mut address = listener.local_addr().map_err(|e| unreachable(ip, &e))?.to_string();
+    let mut party = None;
+    if let Some(part) = &options.part {
+        let secret = seat::secret(&base, &options)?;
+        let met = Party::meet(&options, part, ip, &secret)?;
+        if part.node > 0 {
+            return follow(base, &options, met, &listener, &secret);
+        }
+        let all = met.greet(address.as_bytes())?;
+        address = all.iter().map(|address| String::from_utf8_lossy(address)).collect::<Vec<_>>().join(",");
+        party = Some(met);
+    }
+    let mut seat = Seat::take(&base, &options, Role::Policy, Some(address))?;
+    seat.speak_for(party.clone());
+    if let Some(party) = &party {
+        party.greet(&serde_json::to_vec(&seat.info).unwrap_or_default())?;
+    }
     let run_folder = seat.run_folder(&options)?;
     let depot = seat.depot(&base, Foreign::publisher_of(&base, &options)?)?;
     let shelves = Shelves::open(&base, &options, &seat, &depot.store)?;
@@ -116,10 +140,13 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
     let total_steps = seat.info.total_steps;
     let seen = depot.queues.iter().map(|queue| queue.stats()).collect::<std::result::Result<_, _>>()?;
     let base = Arc::new(base);
-    let crew = crew(&base, &shelves, total_steps)?;
-    Policy {
+    let process = Process::new(Arc::clone(&base), shelves.clone(), total_steps);
+    let replica = replica(&base, &process, party.clone())?;
+    let outcome = seat::serve(Policy {
         base,
-        crew,
+        replica,
+        process,
+        party: party.clone(),
         depot,
         seat,
         wanted,
@@ -127,69 +154,78 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
         listener,
         run_folder,
         shelves,
-        total_steps,
         holds: None,
         held_by: None,
         fresh: true,
         spent: false,
+    })?;
+    if let Some(party) = party {
+        party.go_home(&outcome)?;
     }
-    .serve()
+    Ok(outcome)
 }
 
-/// Makes a rank of the replica.
-fn rank(base: &Base, shelves: &Shelves, total_steps: u64, groups: RankGroups) -> Result<Rank> {
-    let student = Student::load_rank(base.config(), &base.student_folder, total_steps, &groups)?;
-    let trainer = Trainer { student, training: prepare::training_rank(base, &groups)? };
-    let heads = if super::wants_heads(base) { shelves.heads(base)? } else { Vec::new() };
-    let world = Arc::clone(groups.group(SubMesh::World));
-    Ok(Rank { number: groups.rank(), trainer, heads, world, groups: Arc::new(groups) })
+/// The ranks of `policy.parallelism`: as threads, and those of other processes.
+fn replica(base: &Base, process: &Arc<Process>, party: Option<Arc<Party>>) -> Result<Replica<Work>> {
+    let table = "policy.parallelism";
+    let mesh = shards::mesh(&base.config().policy.parallelism, table)?;
+    let process = Arc::clone(process);
+    Replica::new(mesh, table, party, move |groups| process.rank(groups))
 }
 
-/// The ranks of `policy.parallelism`, as threads.
-fn crew(base: &Arc<Base>, shelves: &Shelves, total_steps: u64) -> Result<Crew<Rank>> {
-    let mesh = shards::mesh(&base.config().policy.parallelism, "policy.parallelism")?;
-    let (base, shelves) = (Arc::clone(base), shelves.clone());
-    Crew::on(mesh, SUM_MS_MAX, move |groups| rank(&base, &shelves, total_steps, groups))
+/// A process of a policy whose first process speaks for it.
+fn follow(
+    base: Base,
+    options: &RoleOptions,
+    party: Arc<Party>,
+    listener: &TcpListener,
+    secret: &str,
+) -> Result<RoleOutcome> {
+    let stop = StopFlag::listen(&base.config().train.signal_to_handle)?;
+    let address = listener.local_addr().map_err(|e| unreachable(listener, &e))?;
+    party.greet(address.to_string().as_bytes())?;
+    let told = party.greet(&[])?;
+    let info: RunInfo = serde_json::from_slice(&told[0]).map_err(|e| {
+        RunError::shared(party.name(), format!("what its first process says of the run is not understood: {e}"), "")
+    })?;
+    let shelves = Shelves::follow(&base, options, &info, party.name())?;
+    let base = Arc::new(base);
+    let process = Process::new(Arc::clone(&base), shelves, info.total_steps);
+    let replica = replica(&base, &process, Some(Arc::clone(&party)))?;
+    replica.follow(&stop, |work| process.prepare(work, listener, &party, secret))
+}
+
+fn unreachable(at: impl std::fmt::Debug, e: &std::io::Error) -> RunError {
+    RunError::shared(format!("{at:?}"), format!("it cannot be listened on for the other policies: {e}"), "")
+}
+
+impl Worker for Policy {
+    fn seat(&mut self) -> &mut Seat {
+        &mut self.seat
+    }
+
+    fn holds(&self) -> Option<u64> {
+        self.holds
+    }
+
+    fn is_empty_handed(&self) -> bool {
+        self.holds.is_none()
+    }
+
+    fn perform(&mut self, id: OrderId, order: Order, beating: &Beating) -> Result<()> {
+        match order {
+            Order::Train { step, members, attempt, share, outdated, publish } => {
+                let task = Task { id, step, members, attempt, share, outdated, publish };
+                self.train(&task, &beating.flag(), beating.deserted())
+            }
+            Order::Load { step, since, publish } => self.load(id, step, since, publish),
+            Order::Save { step, hand_over, last, buffered } => self.save(id, step, hand_over, last, &buffered),
+            other => self.seat.refuse(id, &other),
+        }
+    }
 }
 
 impl Policy {
-    fn serve(mut self) -> Result<RoleOutcome> {
-        loop {
-            let (id, order) = match self.seat.next(self.holds)? {
-                Next::Order(id, order) => (id, order),
-                Next::Rejoined => continue,
-                Next::Home(outcome) => return Ok(outcome),
-                Next::Asked => match self.seat.leave()? {
-                    Some(outcome) => return Ok(outcome),
-                    None => continue,
-                },
-            };
-            let beating = self.seat.client.beat_while(id)?;
-            let withdrawn = beating.flag();
-            let performed = match order {
-                Order::Train { step, members, attempt, share, outdated, publish } => {
-                    let task = Task { id, step, members, attempt, share, outdated, publish };
-                    self.train(&task, &withdrawn, beating.deserted())
-                }
-                Order::Load { step, publish } => self.load(id, step, publish),
-                Order::Save { step, hand_over, last, buffered } => self.save(id, step, hand_over, last, &buffered),
-                other => self.seat.refuse(id, &other).map(drop),
-            };
-            drop(beating);
-            match performed {
-                Ok(()) => {}
-                Err(error) if super::is_final(&error) => return Err(error),
-                Err(error) => {
-                    self.seat.failed(id, &error)?;
-                    if self.holds.is_none() {
-                        // What is in memory is no step's state any more.
-                        self.seat.join_again(None)?;
-                    }
-                }
-            }
-        }
-    }
-
     fn train(&mut self, task: &Task, withdrawn: &AtomicBool, deserted: Arc<AtomicBool>) -> Result<()> {
         let started = Instant::now();
         let Some(rank) = task.members.iter().position(|(name, _)| name == self.seat.name()) else {
@@ -202,7 +238,7 @@ impl Policy {
         }
         self.seat.client.progress(format!("step {}: fetching {} completions", task.step, samples.len()));
         let (completions, gone) = self.depot.get(samples)?;
-        let group = self.group(task, rank, deserted)?;
+        let (membership, group) = self.group(task, rank, deserted)?;
         let told = group.all_gather_bytes(&serde_json::to_vec(&gone).unwrap_or_default(), GONE_BYTES_MAX)?;
         if told.iter().any(|gone| gone.as_slice() != b"[]") {
             self.seat.done(task.id, Outcome::SamplesGone { samples: gone }, &())?;
@@ -212,15 +248,24 @@ impl Policy {
             return Ok(());
         };
         self.seat.client.progress(format!("step {}: training", task.step));
-        let mut notes = self.step(task, &group, completions, answers)?;
+        self.process.work_with(group);
+        let made = self.step(task, membership, completions, answers);
+        self.process.work_with(Arc::new(Single));
+        let mut notes = made?;
         self.holds = Some(task.step);
         self.held_by = Some(task.id.0);
         notes.seconds = started.elapsed().as_secs_f64();
         self.teachers_work(rank == 0, &mut notes)?;
+        let mut outcome = Outcome::Trained;
         if task.publish && rank == 0 {
-            self.publish(task.step)?;
+            // The step is made, whatever becomes of its weights.
+            if let Err(error) = self.publish(task.step) {
+                let hint = error.hint().map_or(String::new(), |hint| format!("; {hint}"));
+                tracing::warn!("weights {} could not be published and will be asked for: {error}{hint}", task.step);
+                outcome = Outcome::Unpublished;
+            }
         }
-        if self.seat.done(task.id, Outcome::Trained, &notes)? {
+        if self.seat.done(task.id, outcome, &notes)? {
             self.depot.forget(samples)?;
             if rank == 0 {
                 self.depot.forget(&task.outdated)?;
@@ -257,29 +302,24 @@ impl Policy {
     }
 
     /// The members of a step, connected. When one of them has gone, nobody waits on.
-    fn group(&self, task: &Task, rank: usize, deserted: Arc<AtomicBool>) -> Result<Arc<dyn Collective>> {
+    fn group(
+        &self,
+        task: &Task,
+        rank: usize,
+        deserted: Arc<AtomicBool>,
+    ) -> Result<(Option<Membership>, Arc<dyn Collective>)> {
         let world = task.members.len();
         if world == 1 {
-            return Ok(Arc::new(Single));
+            return Ok((None, Arc::new(Single)));
         }
         self.seat.client.progress(format!("step {}: waiting for {} members", task.step, world - 1));
-        let options = SocketOptions {
-            rank,
-            world,
-            token: self.seat.secret().as_bytes().to_vec(),
-            attempt: task.attempt,
-            connect_ms_max: MEMBERS_MS_MAX,
-            wait_ms_max: SUM_MS_MAX,
-            stop: Some(deserted),
-        };
-        let group = match rank {
-            0 => {
-                let listener = self.listener.try_clone().map_err(|e| self.trouble(e.to_string()))?;
-                SocketGroup::listen(listener, &options)?
-            }
-            _ => SocketGroup::connect(&task.members[0].1, &options)?,
-        };
-        Ok(Arc::new(group))
+        if let Some(party) = &self.party {
+            party.set_when_lost(&deserted);
+        }
+        let addresses = task.members.iter().map(|(_, address)| address.clone()).collect();
+        let membership = Membership { addresses, rank, attempt: task.attempt };
+        let group = membership.connect(&self.listener, 0, self.seat.secret(), deserted)?;
+        Ok((Some(membership), group))
     }
 
     /// The teacher's answers; none when the order was withdrawn, or this process asked to leave, meanwhile.
@@ -291,8 +331,7 @@ impl Policy {
         withdrawn: &AtomicBool,
     ) -> Result<Option<HashMap<u64, Answer>>> {
         let Some(wanted) = &self.wanted else { return Ok(Some(HashMap::new())) };
-        let stop = &self.seat.stop;
-        let asked = || withdrawn.load(Ordering::Relaxed) || stop.is_set();
+        let asked = || withdrawn.load(Ordering::Relaxed) || self.seat.is_asked() || self.is_broken();
         let progress = |missing: usize| {
             if missing > 0 {
                 self.seat.client.progress(format!(
@@ -306,7 +345,10 @@ impl Policy {
         match self.depot.answers(samples, completions, wanted, wait_ms_max, &progress, &asked)? {
             Answers::Come(answers) => Ok(Some(answers)),
             Answers::Stopped if withdrawn.load(Ordering::Relaxed) => Ok(None),
-            Answers::Stopped => Err(self.trouble("it was asked to leave")),
+            Answers::Stopped => {
+                self.party.as_ref().map_or(Ok(()), |party| party.check())?;
+                Err(self.trouble("it was asked to leave"))
+            }
         }
     }
 
@@ -315,27 +357,21 @@ impl Policy {
     fn step(
         &mut self,
         task: &Task,
-        group: &Arc<dyn Collective>,
+        membership: Option<Membership>,
         completions: Vec<Completion>,
         answers: HashMap<u64, Answer>,
     ) -> Result<TrainNotes> {
         let before = self.optimizer_steps()?;
         self.fresh = false;
-        let (base, step, group) = (Arc::clone(&self.base), task.step, Arc::clone(group));
         let started = Instant::now();
-        let (completions, answers) = (Arc::new(completions), Arc::new(answers));
+        let completions = Arc::new(completions);
         let given = Arc::clone(&completions);
-        let made = self.all(move |rank| {
-            let members = Members { group: Arc::clone(&group), turns: Arc::clone(&rank.world) };
-            rank.trainer.student.with_members(Some(members));
-            let heads: &mut [Box<dyn Head>] = &mut rank.heads;
-            let outcome = rank.trainer.outcome(&base, heads, &given, answers.as_ref().clone(), step);
-            rank.trainer.student.with_members(None);
-            outcome.map(|outcome| (rank.trainer.student.place.reports, outcome))
-        });
-        match made {
+        match self.all(Work::Step { step: task.step, completions: given, answers, membership }) {
             Ok(outcomes) => {
-                let seen = outcomes.into_iter().filter(|(reports, _)| *reports).map(|(_, outcome)| outcome);
+                let seen = outcomes.into_iter().filter_map(|done| match done {
+                    Done::Step(seen) => seen.map(|seen| *seen),
+                    _ => None,
+                });
                 let merged = seen.reduce(|mut all, other| {
                     all.merge(other);
                     all
@@ -343,12 +379,10 @@ impl Policy {
                 let Some(outcome) = merged else { return Err(self.trouble("no rank has seen the loss")) };
                 Ok(notes_of(&self.base, &outcome, &completions, task.step, started.elapsed().as_secs_f64()))
             }
+            Err(error @ RunError::Replica { .. }) => Err(error),
             Err(error) => {
                 let intact = self.optimizer_steps().is_ok_and(|now| now == before);
-                let cleared = self.all(|rank| {
-                    rank.trainer.student.model.zero_grads();
-                    Ok(())
-                });
+                let cleared = self.all(Work::ZeroGrads);
                 if !intact || cleared.is_err() {
                     self.holds = None;
                 }
@@ -357,31 +391,28 @@ impl Policy {
         }
     }
 
-    /// Every rank does `work`, as [`Crew::all`]. When that fails, several ranks are not able to work together any more, and
-    /// nothing is held.
-    fn all<T: Send + 'static>(
-        &mut self,
-        work: impl Fn(&mut Rank) -> Result<T> + Send + Sync + 'static,
-    ) -> Result<Vec<T>> {
-        let done = self.crew.all(move |rank| {
-            let groups = Arc::clone(&rank.groups);
-            shards::together(&groups, || work(rank))
-        });
-        if done.is_err() && self.crew.ranks() > 1 {
+    /// Every rank does `work`. When that fails, several ranks are not able to work together any more, and nothing is held.
+    fn all(&mut self, work: Work) -> Result<Vec<Done>> {
+        let done = self.replica.all(work);
+        if done.is_err() && self.replica.ranks() > 1 {
             (self.holds, self.spent) = (None, true);
         }
         done
     }
 
     fn optimizer_steps(&mut self) -> Result<u64> {
-        let steps = self.all(|rank| Ok(rank.trainer.student.optimizer_steps()))?;
-        Ok(steps.first().copied().unwrap_or(0))
+        match self.all(Work::Updates)?.first() {
+            Some(Done::Updates(updates)) => Ok(*updates),
+            _ => Err(self.trouble("its ranks do not say how often they were updated")),
+        }
     }
 
-    /// Whole weights, from all ranks.
-    fn weights(&mut self) -> Result<Vec<HostTensor>> {
-        let mut all = self.all(|rank| rank.trainer.student.weights(rank.number == 0))?;
-        Ok(all.swap_remove(0))
+    /// Whole tensors, from all ranks.
+    fn whole(&mut self, work: Work) -> Result<Vec<HostTensor>> {
+        match self.all(work)?.into_iter().next() {
+            Some(Done::Tensors(whole)) => Ok(whole),
+            _ => Err(self.trouble("its first rank does not give its tensors")),
+        }
     }
 
     fn publish(&mut self, step: u64) -> Result<()> {
@@ -391,23 +422,32 @@ impl Policy {
         // Another policy may have published since.
         let mut publisher =
             WeightPublisher::open(self.shelves.weights()?, dtype, self.base.config().host.weights_keep)?;
-        let weights = self.weights()?;
+        let weights = self.whole(Work::Weights)?;
         publisher.publish(step, weights.into_iter())?;
         Ok(())
     }
 
-    fn load(&mut self, id: OrderId, step: u64, publish: bool) -> Result<()> {
+    fn load(&mut self, id: OrderId, step: u64, since: OrderId, publish: bool) -> Result<()> {
         self.seat.client.progress(format!("loading step {step}"));
         // Who holds this very state is only asked to publish it; otherwise what is in memory is of no use.
         let held = self.holds.take().zip(self.held_by).filter(|_| publish);
         if self.spent {
-            self.crew = crew(&self.base, &self.shelves, self.total_steps)?;
+            self.replica = replica(&self.base, &self.process, None)?;
             (self.spent, self.fresh) = (false, true);
         }
         match step {
             0 if self.fresh => {}
             0 => self.load_start()?,
-            _ => self.load_checkpoint(step, held)?,
+            _ => match self.state(step, since, held)? {
+                State::InMemory => {}
+                State::OnDisk(found) => self.restore(*found)?,
+                // The state that the run was resumed with: there is none before it.
+                State::Gone(why) if since == OrderId(0) => return Err(self.trouble(why)),
+                State::Gone(why) => {
+                    tracing::warn!("`{}`: step {step} cannot be loaded: {why}", self.seat.name());
+                    return self.seat.done(id, Outcome::StateGone, &why).map(drop);
+                }
+            },
         }
         self.holds = Some(step);
         self.held_by = Some(self.held_by.filter(|_| held.is_some()).unwrap_or(0).max(id.0));
@@ -419,69 +459,71 @@ impl Policy {
 
     /// The run's beginning.
     fn load_start(&mut self) -> Result<()> {
-        let (base, total_steps) = (Arc::clone(&self.base), self.total_steps);
-        self.all(move |rank| {
-            rank.trainer.student = rank.student(&base, total_steps)?;
-            rank.trainer.training = prepare::training_rank(&base, &rank.groups)?;
-            Ok(())
-        })?;
+        self.all(Work::Start)?;
         self.fresh = true;
         Ok(())
     }
 
-    /// The states of a step that lie in the run folder, the one of the highest order first; why the others cannot be read.
-    fn states(&self, step: u64) -> (Vec<(PathBuf, Snapshot, PolicyState)>, Option<RunError>) {
+    /// Where the state of a step is: of those in the run folder that are whole and were written for `since` or a later order
+    /// the one of the highest order, unless the one in memory, `held` with its order, is as new.
+    ///
+    /// # Errors
+    /// A run folder that cannot be looked into: what lies there may be whole.
+    fn state(&self, step: u64, since: OrderId, held: Option<(u64, u64)>) -> Result<State> {
         let name = checkpoint::folder_name(step);
-        let (mut found, mut wrong) = (Vec::new(), None);
-        for folder in [super::HAND_OVER, "checkpoints"].map(|root| self.run_folder.join(root).join(&name)) {
-            if !folder.is_dir() {
+        let (mut found, mut wrong) = (None::<Found>, Vec::new());
+        for root in [super::HAND_OVER, CHECKPOINTS].map(|root| self.run_folder.join(root)) {
+            let folder = root.join(&name);
+            if !folder.try_exists().map_err(|source| RunError::Io { path: folder.clone(), source })? {
                 continue;
             }
-            let read = checkpoint::read(&folder).and_then(|(snapshot, _)| {
-                let state = serde_json::from_value(snapshot.state.clone()).map_err(|e| RunError::Checkpoint {
-                    path: folder.clone(),
-                    message: format!("`state.json` is not that of a policy process: {e}"),
-                    hint: "a checkpoint of `run` is resumed by `run --resume`".into(),
-                })?;
-                Ok((folder.clone(), snapshot, state))
-            });
-            match read {
-                Ok(state) => found.push(state),
-                Err(error) => {
-                    tracing::warn!("passed over: {error}");
-                    wrong = Some(error);
+            match read_state(&folder) {
+                Ok(state) if state.state.order < since.0 => {
+                    tracing::debug!("{} is of a branch that was given up", folder.display());
                 }
+                Ok(state) if found.as_ref().is_none_or(|found| found.state.order < state.state.order) => {
+                    found = Some(state);
+                }
+                Ok(_) => {}
+                Err(error @ RunError::Checkpoint { .. }) => {
+                    tracing::warn!("passed over: {error}");
+                    wrong.push(error.to_string());
+                }
+                Err(error) => return Err(error),
             }
         }
-        found.sort_by_key(|(_, _, state): &(PathBuf, Snapshot, PolicyState)| std::cmp::Reverse(state.order));
-        (found, wrong)
-    }
-
-    fn load_checkpoint(&mut self, step: u64, held: Option<(u64, u64)>) -> Result<()> {
-        let (states, wrong) = self.states(step);
-        match (states.into_iter().next(), held) {
+        let held = held.filter(|(own, _)| *own == step).map(|(_, order)| order);
+        match (found, held) {
             // Nobody has written a newer state of this step than the one in memory.
-            (Some((_, _, state)), Some((own, order))) if own == step && state.order <= order => Ok(()),
-            (None, Some((own, _))) if own == step => Ok(()),
-            (Some((folder, snapshot, state)), _) => self.restore(&folder, snapshot, state),
-            (None, _) => Err(wrong.unwrap_or_else(|| {
-                let folder = self.run_folder.join("checkpoints").join(checkpoint::folder_name(step));
-                self.trouble(format!("step {step} is to be loaded, but {} is not there", folder.display()))
-            })),
+            (Some(found), Some(order)) if found.state.order <= order => Ok(State::InMemory),
+            (None, Some(_)) => Ok(State::InMemory),
+            (Some(found), None | Some(_)) => Ok(State::OnDisk(Box::new(found))),
+            (None, None) if !wrong.is_empty() => Ok(State::Gone(wrong.join("; "))),
+            (None, None) => {
+                let checkpoints = self.run_folder.join(CHECKPOINTS);
+                if !checkpoints.is_dir() {
+                    // More likely out of sight than lost.
+                    return Err(RunError::shared(
+                        checkpoints.display().to_string(),
+                        format!("`{}` does not see the run's checkpoints", self.seat.name()),
+                        "is the run folder mounted on this machine?",
+                    ));
+                }
+                Ok(State::Gone(format!("{} is not there", checkpoints.join(name).display())))
+            }
         }
     }
 
-    fn restore(&mut self, folder: &Path, snapshot: Snapshot, state: PolicyState) -> Result<()> {
+    fn restore(&mut self, found: Found) -> Result<()> {
+        let Found { folder, snapshot, state } = found;
         for buffered in &state.buffered {
             self.depot.put(buffered.sample.order, &buffered.completion)?;
         }
         self.fresh = false;
-        let (snapshot, at, steps) = (Arc::new(snapshot), folder.to_path_buf(), state.optimizer_steps);
-        self.all(move |rank| {
-            rank.trainer.student.model.zero_grads();
-            rank.trainer.student.restore(&at, &snapshot, steps)
-        })
-        .map(drop)
+        self.process.hold(Some(Arc::new(snapshot)));
+        let restored = self.all(Work::Restore { folder, updates: state.optimizer_steps });
+        self.process.hold(None);
+        restored.map(drop)
     }
 
     fn save(&mut self, id: OrderId, step: u64, hand_over: bool, last: bool, buffered: &[SampleRef]) -> Result<()> {
@@ -503,24 +545,39 @@ impl Policy {
                 by_sample.get(&completion.sample).map(|sample| Buffered { sample: **sample, completion })
             })
             .collect();
-        let model = self.weights()?;
-        let mut optimizer = self.all(|rank| rank.trainer.student.optimizer_state(rank.number == 0))?;
-        let state = PolicyState { policy_step: step, order: id.0, optimizer_steps: self.optimizer_steps()?, buffered };
+        let model = self.whole(Work::Weights)?;
+        let optimizer = self.whole(Work::OptimizerState)?;
+        let controller = if hand_over { None } else { Some(self.controllers_memory(step)?) };
+        let optimizer_steps = self.optimizer_steps()?;
+        let state = PolicyState { policy_step: step, order: id.0, optimizer_steps, buffered, controller };
         let snapshot = Snapshot {
             step,
             model,
-            optimizer: optimizer.swap_remove(0),
+            optimizer,
             state: serde_json::to_value(state)
                 .map_err(|e| self.trouble(format!("its state cannot be written: {e}")))?,
         };
-        let root = self.run_folder.join(if hand_over { super::HAND_OVER } else { "checkpoints" });
+        let root = self.run_folder.join(if hand_over { super::HAND_OVER } else { CHECKPOINTS });
         let folder = checkpoint::write(&root, &snapshot, &self.base.student_folder)?;
         let ckpt = &self.base.config().train.ckpt;
-        checkpoint::prune(&root, if hand_over { 1 } else { ckpt.max_keep })?;
+        checkpoint::prune(&root, if hand_over { 1 } else { ckpt.max_keep }, step)?;
         if !hand_over && (last || ckpt.export_safetensors) {
             self.export(&folder, step)?;
         }
         self.seat.done(id, Outcome::Saved, &Saved { checkpoint: folder }).map(drop)
+    }
+
+    /// What a checkpoint of `step` that is written now has to remember of the controller.
+    fn controllers_memory(&self, step: u64) -> Result<Memory> {
+        let controller: Controller = serde_json::from_value(self.seat.client.snapshot()?)
+            .map_err(|e| self.trouble(format!("the controller's state is not understood: {e}")))?;
+        let memory = controller.memory();
+        match memory.step() == step {
+            true => Ok(memory),
+            false => {
+                Err(self.trouble(format!("step {step} was to be saved, but the run is at step {}", memory.step())))
+            }
+        }
     }
 
     /// A Hugging Face folder of a checkpoint's weights.
@@ -530,6 +587,11 @@ impl Policy {
         let target = root.join(checkpoint::folder_name(step));
         crate::export::from_checkpoint(checkpoint, &target, crate::export::dtype(train.param_dtype))?;
         crate::export::prune(&root, train.ckpt.max_keep)
+    }
+
+    /// Whether another process of this policy is lost.
+    fn is_broken(&self) -> bool {
+        self.party.as_ref().is_some_and(|party| party.check().is_err())
     }
 
     fn trouble(&self, message: impl Into<String>) -> RunError {

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use cosmos_control::Beating;
 use cosmos_controller::{Order, OrderId, Outcome, Role};
 use cosmos_engine::head::Head;
 use cosmos_engine::model::{self, Model};
@@ -11,9 +12,10 @@ use crate::error::{Result, Role as _, RunError};
 use crate::prepare::{self, Base, Prompts};
 use crate::roles::depot::Depot;
 use crate::roles::foreign::{self, Foreign};
-use crate::roles::seat::{Next, Seat};
+use crate::roles::seat::{self, Seat, Worker};
 use crate::roles::shelves::Shelves;
 use crate::roles::{RoleOptions, RoleOutcome, writer};
+use crate::shards;
 use crate::teacher::Wanted;
 use crate::teachers;
 use crate::validation::Validated;
@@ -45,14 +47,15 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
     let base = Base::new(options.resolved.clone())?;
     super::check_processes(&base)?;
     let prompts = prepare::prompts(&base, &options.plugins)?;
-    let model = model::load(&base.student_folder, &base.config().host.device).role("student")?;
+    let format = shards::rollout_format(base.config());
+    let model = model::load_frozen(&base.student_folder, &base.config().host.device, format).role("student")?;
     let wanted = prepare::wanted(base.config())?.filter(|_| base.config().distillation.enable);
     let mut seat = Seat::take(&base, &options, Role::Rollout, None)?;
     let foreign = foreign::is_spoken(base.config()).then(|| Foreign::publisher(prompts.schedule.clone()));
     let depot = seat.depot(&base, foreign)?;
     let shelves = Shelves::open(&base, &options, &seat, &depot.store)?;
     let weights = WeightReader::new(shelves.weights()?, "the policy");
-    Rollout { base, prompts, model, weights, depot, wanted, heads: None, shelves, seat }.serve()
+    seat::serve(Rollout { base, prompts, model, weights, depot, wanted, heads: None, shelves, seat })
 }
 
 /// A head that goes on being this process's.
@@ -76,34 +79,22 @@ impl Head for Lent<'_> {
     }
 }
 
-impl Rollout {
-    fn serve(mut self) -> Result<RoleOutcome> {
-        loop {
-            let (id, order) = match self.seat.next(None)? {
-                Next::Order(id, order) => (id, order),
-                Next::Rejoined => continue,
-                Next::Home(outcome) => return Ok(outcome),
-                Next::Asked => match self.seat.leave()? {
-                    Some(outcome) => return Ok(outcome),
-                    None => continue,
-                },
-            };
-            let beating = self.seat.client.beat_while(id)?;
-            let withdrawn = beating.flag();
-            let performed = match &order {
-                Order::Generate { prompts, only, version } => self.generate(id, prompts, only, *version, &withdrawn),
-                Order::Validate { step, part, parts } => self.validate(id, *step, (*part, *parts), &withdrawn),
-                other => self.seat.refuse(id, other).map(drop),
-            };
-            drop(beating);
-            match performed {
-                Ok(()) => {}
-                Err(error) if super::is_final(&error) => return Err(error),
-                Err(error) => drop(self.seat.failed(id, &error)?),
-            }
-        }
+impl Worker for Rollout {
+    fn seat(&mut self) -> &mut Seat {
+        &mut self.seat
     }
 
+    fn perform(&mut self, id: OrderId, order: Order, beating: &Beating) -> Result<()> {
+        let withdrawn = beating.flag();
+        match order {
+            Order::Generate { prompts, only, version } => self.generate(id, &prompts, &only, version, &withdrawn),
+            Order::Validate { step, part, parts } => self.validate(id, step, (part, parts), &withdrawn),
+            other => self.seat.refuse(id, &other),
+        }
+    }
+}
+
+impl Rollout {
     /// Brings the model to `version`; between orders only, so that no sequence mixes two versions. False: the weights are
     /// not there, which is reported.
     fn load(&mut self, id: OrderId, version: u64) -> Result<bool> {
@@ -218,7 +209,7 @@ impl Rollout {
         for spec in teachers::specs(&self.base)? {
             let Some(validation) = &mut self.prompts.validation else { break };
             self.seat.client.progress(format!("teacher `{}` answers the validation prompts", spec.name));
-            let mut teacher = spec.load(&self.base.config().host.device)?;
+            let mut teacher = spec.load(self.base.config())?;
             let (text, conversations) = (&self.base.text, self.prompts.conversations.as_mut());
             let model = teacher.model.as_mut();
             let Some(share) = validation.answer(model, conversations, text, step, (0, 1), 0, asked)? else {

@@ -6,18 +6,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use cosmos_broker::{RedisAddress, RedisLink, RedisStore, StoreLimits};
+use cosmos_broker::{RedisAddress, RedisLink, RedisStore, Store, StoreLimits};
 use cosmos_config::Resolved;
-use cosmos_control::{Client, ClientOptions, ControlError, ControlFile, Identity, Target, Token, Turn};
+use cosmos_control::{Beating, Client, ClientOptions, ControlError, ControlFile, Identity, Target, Token, Turn};
 use cosmos_controller::{Order, OrderId, Outcome, Role};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Result, RunError};
 use crate::prepare::Base;
-use crate::roles::RoleOptions;
 use crate::roles::depot::Depot;
 use crate::roles::foreign::Foreign;
+use crate::roles::replica::Party;
+use crate::roles::{RoleOptions, RoleOutcome};
 use crate::signals::StopFlag;
 
 /// Longest wait of one question for an order; a stop signal is seen between two of them.
@@ -39,6 +40,32 @@ pub struct RunInfo {
     pub total_steps: u64,
 }
 
+impl RunInfo {
+    /// The run folder; roles of one run share it. `name` is who looks for it.
+    pub fn folder(&self, options: &RoleOptions, name: &str) -> Result<PathBuf> {
+        let folder = options.run_folder.clone().unwrap_or_else(|| self.run_folder.clone());
+        if folder.is_dir() {
+            return Ok(folder);
+        }
+        Err(RunError::shared(
+            folder.display().to_string(),
+            format!("`{name}` does not see the run folder, through which weights and checkpoints go"),
+            "mount it on this machine too, and name it by `--run` if its path is another here",
+        ))
+    }
+
+    /// A connection to the broker.
+    pub fn broker(&self, base: &Base) -> Result<Arc<RedisLink>> {
+        let address = RedisAddress::parse(&self.broker_url)?;
+        Ok(RedisLink::connect(&address, super::redis_limits(base.config()))?)
+    }
+
+    /// The run's store.
+    pub fn store(&self, link: Arc<RedisLink>) -> Arc<dyn Store> {
+        Arc::new(RedisStore::new(link, &self.run, StoreLimits::default()))
+    }
+}
+
 /// A process's place in the run.
 pub struct Seat {
     /// Its connection to the controller.
@@ -51,6 +78,8 @@ pub struct Seat {
     address: Option<String>,
     group_secret: String,
     broker: Option<Arc<RedisLink>>,
+    /// The other processes of this replica, where it has several.
+    party: Option<Arc<Party>>,
     /// It was asked to leave, and is to stay until the run is saved.
     staying: bool,
     /// Orders in a row that failed.
@@ -61,12 +90,60 @@ pub struct Seat {
 pub enum Next {
     /// Something to do.
     Order(OrderId, Order),
-    /// Joined again: whatever this process was doing is somebody else's.
-    Rejoined,
     /// The run is over, or was saved.
-    Home(crate::roles::RoleOutcome),
-    /// This process was asked to leave.
-    Asked,
+    Home(RoleOutcome),
+    /// This process was asked to leave, and the run goes on without it.
+    Excused,
+}
+
+/// A role that carries out orders one after the other.
+pub trait Worker {
+    /// Its place in the run.
+    fn seat(&mut self) -> &mut Seat;
+
+    /// What it holds when it has to join again: for a policy a step.
+    fn holds(&self) -> Option<u64> {
+        None
+    }
+
+    /// Whether what the controller believes it to hold was lost as an order failed.
+    fn is_empty_handed(&self) -> bool {
+        false
+    }
+
+    /// Carries out an order and reports it. An error is reported by [`serve`].
+    fn perform(&mut self, id: OrderId, order: Order, beating: &Beating) -> Result<()>;
+}
+
+/// Carries out orders until the run is over, or this process may leave it.
+pub fn serve(mut worker: impl Worker) -> Result<RoleOutcome> {
+    loop {
+        let holds = worker.holds();
+        let (id, order) = match worker.seat().next(holds)? {
+            Next::Order(id, order) => (id, order),
+            Next::Home(outcome) => return Ok(outcome),
+            Next::Excused => return Ok(RoleOutcome::Done),
+        };
+        let beating = worker.seat().client.beat_while(id)?;
+        let performed = worker.perform(id, order, &beating);
+        drop(beating);
+        match performed {
+            Ok(()) => {}
+            Err(error) if crate::roles::is_final(&error) => {
+                if matches!(error, RunError::Replica { .. }) {
+                    // It is back soon, and whoever reads the controller's log sees why it was away.
+                    let _ = worker.seat().failed(id, &error);
+                }
+                return Err(error);
+            }
+            Err(error) => {
+                worker.seat().failed(id, &error)?;
+                if worker.is_empty_handed() {
+                    worker.seat().join_again(None)?;
+                }
+            }
+        }
+    }
 }
 
 /// What all processes of a run must have in common.
@@ -83,18 +160,13 @@ impl Seat {
         let target = target(options)?;
         let wait_ms_max = base.config().host.control_wait_ms_max;
         let (_, secret) = resolve(&target, wait_ms_max)?;
-        let word = match role {
-            Role::Policy => "policy",
-            Role::Rollout => "rollout",
-            Role::Teacher => "teacher",
-        };
-        let replica = options.name.clone().unwrap_or_else(|| format!("{word}-{}", std::process::id()));
+        let replica = options.name.clone().unwrap_or_else(|| format!("{role}-{}", std::process::id()));
         let stop = StopFlag::listen(&base.config().train.signal_to_handle)?;
         let identity = identity(&base.resolved, &options.plugins)?;
         let client = Client::new(ClientOptions { target, replica, role, wait_ms_max })?;
         let info = client.join(None, address.as_deref(), &identity)?;
         let info = understand(info)?;
-        tracing::info!("`{}` joined the run in {} as {word}", client.replica(), info.run_folder.display());
+        tracing::info!("`{}` joined the run in {} as {role}", client.replica(), info.run_folder.display());
         Ok(Self {
             client,
             info,
@@ -103,6 +175,7 @@ impl Seat {
             address,
             group_secret: secret,
             broker: None,
+            party: None,
             staying: false,
             failures: AtomicU32::new(0),
         })
@@ -120,15 +193,7 @@ impl Seat {
 
     /// The run folder; roles of one run share it.
     pub fn run_folder(&self, options: &RoleOptions) -> Result<PathBuf> {
-        let folder = options.run_folder.clone().unwrap_or_else(|| self.info.run_folder.clone());
-        if folder.is_dir() {
-            return Ok(folder);
-        }
-        Err(RunError::shared(
-            folder.display().to_string(),
-            format!("`{}` does not see the run folder, through which weights and checkpoints go", self.name()),
-            "mount it on this machine too, and name it by `--run` if its path is another here",
-        ))
+        self.info.folder(options, self.name())
     }
 
     /// The run's data plane. `foreign`: this side of the original's wire, where that is spoken.
@@ -136,57 +201,76 @@ impl Seat {
         let link = match &self.broker {
             Some(link) => Arc::clone(link),
             None => {
-                let address = RedisAddress::parse(&self.info.broker_url)?;
-                let link = RedisLink::connect(&address, super::redis_limits(base.config()))?;
+                let link = self.info.broker(base)?;
                 self.broker = Some(Arc::clone(&link));
                 link
             }
         };
-        let store = RedisStore::new(Arc::clone(&link), &self.info.run, StoreLimits::default());
+        let store = self.info.store(Arc::clone(&link));
         let queues = crate::roles::depot::queues(&link, &self.info.run, self.name(), base.config(), foreign)?;
-        Ok(Depot::new(Arc::new(store), queues, base.config(), base.n_generation()))
+        Ok(Depot::new(store, queues, base.config(), base.n_generation()))
+    }
+
+    /// This process speaks for those of `party`.
+    pub fn speak_for(&mut self, party: Option<Arc<Party>>) {
+        self.party = party;
+    }
+
+    /// Whether it, or another process of its replica, was asked to leave.
+    pub fn is_asked(&self) -> bool {
+        self.stop.is_set() || self.party.as_ref().is_some_and(|party| party.is_asked())
     }
 
     /// Waits for an order. `holds` is what a policy holds when it has to join again.
-    pub fn next(&mut self, holds: Option<u64>) -> Result<Next> {
+    fn next(&mut self, holds: Option<u64>) -> Result<Next> {
         loop {
-            if self.stop.is_set() && !self.staying {
-                return Ok(Next::Asked);
-            }
-            match self.client.next(NEXT_MS_MAX)? {
-                Turn::Idle => {}
-                Turn::Rejoin => {
-                    self.join_again(holds)?;
-                    return Ok(Next::Rejoined);
-                }
-                Turn::Order(_, Order::Finish) => return self.go_home(crate::roles::RoleOutcome::Done),
-                Turn::Order(_, Order::Leave) => return self.go_home(crate::roles::RoleOutcome::Saved),
-                Turn::Order(id, order) => return Ok(Next::Order(id, order)),
+            if let Some(next) = self.look(holds)? {
+                return Ok(next);
             }
         }
     }
 
+    /// Waits a moment for an order.
+    pub fn look(&mut self, holds: Option<u64>) -> Result<Option<Next>> {
+        if let Some(party) = &self.party {
+            party.check()?;
+        }
+        if self.is_asked() && !self.staying && self.leave()? {
+            return Ok(Some(Next::Excused));
+        }
+        Ok(match self.client.next(NEXT_MS_MAX)? {
+            Turn::Idle => None,
+            Turn::Rejoin => {
+                self.join_again(holds)?;
+                None
+            }
+            Turn::Order(_, Order::Finish) => Some(self.go_home(RoleOutcome::Done)?),
+            Turn::Order(_, Order::Leave) => Some(self.go_home(RoleOutcome::Saved)?),
+            Turn::Order(id, order) => Some(Next::Order(id, order)),
+        })
+    }
+
     /// Joins again under the same name: whatever this process was doing is somebody else's then.
-    pub fn join_again(&mut self, holds: Option<u64>) -> Result<()> {
+    fn join_again(&mut self, holds: Option<u64>) -> Result<()> {
         let info = self.client.join(holds, self.address.as_deref(), &self.identity)?;
         self.info = understand(info)?;
         tracing::info!("`{}` joined the run again", self.name());
         Ok(())
     }
 
-    fn go_home(&mut self, outcome: crate::roles::RoleOutcome) -> Result<Next> {
+    fn go_home(&mut self, outcome: RoleOutcome) -> Result<Next> {
         self.client.leave()?;
-        let end = if outcome == crate::roles::RoleOutcome::Done { "over" } else { "saved, to be resumed" };
+        let end = if outcome == RoleOutcome::Done { "over" } else { "saved, to be resumed" };
         tracing::info!("`{}` leaves: the run is {end}", self.name());
         Ok(Next::Home(outcome))
     }
 
-    /// Says good-bye after a signal. None: the run cannot do without this process, so it stays until the run is saved and
+    /// Says good-bye after a signal. False: the run cannot do without this process, so it stays until the run is saved and
     /// it is told to leave.
-    pub fn leave(&mut self) -> Result<Option<crate::roles::RoleOutcome>> {
+    fn leave(&mut self) -> Result<bool> {
         self.staying = self.client.wish_to_leave()?;
         tracing::info!("`{}` was asked to leave", self.name());
-        Ok((!self.staying).then_some(crate::roles::RoleOutcome::Done))
+        Ok(!self.staying)
     }
 
     /// Reports an order as carried out. False: nothing came of it.
@@ -199,21 +283,22 @@ impl Seat {
 
     /// Reports that an order failed, with its reason and the fix, and waits before the next one is asked for, longer with
     /// every failure in a row: a full disk or server gets time to be mended.
-    pub fn failed(&self, id: OrderId, error: &RunError) -> Result<bool> {
+    pub fn failed(&self, id: OrderId, error: &RunError) -> Result<()> {
         tracing::warn!("`{}`: order {}: {error}", self.name(), id.0);
         let hint = error.hint().map_or(String::new(), |hint| format!("; {hint}"));
-        let counted = self.client.failed(id, &format!("{error}{hint}"))?;
+        self.client.failed(id, &format!("{error}{hint}"))?;
         let failures = self.failures.fetch_add(1, Ordering::Relaxed).min(16);
         let until = Instant::now() + Duration::from_millis((FAILURE_MS_MIN << failures).min(FAILURE_MS_MAX));
         while Instant::now() < until && !self.stop.is_set() {
             std::thread::sleep(Duration::from_millis(20));
         }
-        Ok(counted)
+        Ok(())
     }
 
     /// An order that this role does not know.
-    pub fn refuse(&self, id: OrderId, order: &Order) -> Result<bool> {
-        Ok(self.client.failed(id, &format!("`{}` does not carry out {order:?}", self.name()))?)
+    pub fn refuse(&self, id: OrderId, order: &Order) -> Result<()> {
+        self.client.failed(id, &format!("`{}` does not carry out {order:?}", self.name()))?;
+        Ok(())
     }
 }
 
@@ -246,6 +331,11 @@ fn target(options: &RoleOptions) -> Result<Target> {
             "name the run folder, or the controller's address",
         )),
     }
+}
+
+/// A secret that all processes of the run know, for one that does not join it itself.
+pub fn secret(base: &Base, options: &RoleOptions) -> Result<String> {
+    Ok(resolve(&target(options)?, base.config().host.control_wait_ms_max)?.1)
 }
 
 /// The controller's address and the run's secret; waits until the controller has written them.

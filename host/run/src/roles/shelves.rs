@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::heads::TeacherHead;
 use crate::prepare::Base;
 use crate::roles::RoleOptions;
-use crate::roles::seat::Seat;
+use crate::roles::seat::{RunInfo, Seat};
 use crate::shelf::{FolderShelf, Shelf, StoreShelf};
 use crate::teachers::{self, TeacherSpec};
 
@@ -44,6 +44,19 @@ impl Shelves {
             WeightsTransport::Store => Ok(Self::Store(Arc::clone(store))),
             WeightsTransport::Auto | WeightsTransport::Folder | WeightsTransport::Nccl => {
                 seat.run_folder(options).map(Self::Folder)
+            }
+        }
+    }
+
+    /// Those of a process whose replica another process speaks for. It has no connection to the broker but for this.
+    ///
+    /// # Errors
+    /// As [`Shelves::open`], and a broker that cannot be reached.
+    pub fn follow(base: &Base, options: &RoleOptions, info: &RunInfo, name: &str) -> Result<Self> {
+        match base.config().host.weights_transport {
+            WeightsTransport::Store => Ok(Self::Store(info.store(info.broker(base)?))),
+            WeightsTransport::Auto | WeightsTransport::Folder | WeightsTransport::Nccl => {
+                info.folder(options, name).map(Self::Folder)
             }
         }
     }

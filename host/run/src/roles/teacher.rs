@@ -6,12 +6,14 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use cosmos_broker::{Broker, BrokerError, RedisAddress, RedisLink};
+use cosmos_control::Need;
 use cosmos_controller::Role;
 
 use crate::error::{Result, RunError};
 use crate::prepare::{self, Base};
 use crate::roles::foreign::{self, Foreign};
-use crate::roles::seat::{Next, Seat};
+use crate::roles::replica::Party;
+use crate::roles::seat::{self, Next, Seat, own_ip};
 use crate::roles::shelves::Shelves;
 use crate::roles::teacher_ranks::Teacher;
 use crate::roles::{RoleOptions, RoleOutcome};
@@ -33,9 +35,17 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
     let specs = teachers::specs(&base)?;
     let spec = of_process(&base, &specs, options.name.as_deref())?;
     let foreign = foreign::is_spoken(base.config()).then(|| side(&base, &options, false)).transpose()?;
-    let mut teacher = Teacher::load(base.config(), spec)?;
+    let party = match &options.part {
+        None => None,
+        Some(part) => Some(Party::meet(&options, part, own_ip(&base, &options)?, &seat::secret(&base, &options)?)?),
+    };
+    let mut teacher = Teacher::load(base.config(), spec, party.clone())?;
+    if options.part.as_ref().is_some_and(|part| part.node > 0) {
+        return teacher.follow(&StopFlag::listen(&base.config().train.signal_to_handle)?);
+    }
     let number = specs.iter().position(|s| s.name == spec.name).unwrap_or(0);
     let mut seat = Seat::take(&base, &options, Role::Teacher, None)?;
+    seat.speak_for(party.clone());
     let depot = seat.depot(&base, foreign)?;
     let shelves = Shelves::open(&base, &options, &seat, &depot.store)?;
     shelves.put_head(|| teacher.head(), &spec.name, false)?;
@@ -62,7 +72,11 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
     over.store(true, Ordering::Release);
     match ended.recv_timeout(patience) {
         Ok(Err(error)) => tracing::debug!("after its end: {error}"),
-        Ok(Ok(())) => {}
+        Ok(Ok(())) => {
+            if let Some(party) = party {
+                party.go_home(&outcome)?;
+            }
+        }
         Err(_) => tracing::debug!("the last requests were not finished within {} ms", patience.as_millis()),
     }
     Ok(outcome)
@@ -124,6 +138,13 @@ pub fn alone(options: RoleOptions) -> Result<RoleOutcome> {
             "set it, or name the run by its folder or its controller's address",
         ));
     }
+    if options.part.is_some() {
+        return Err(RunError::config(
+            "",
+            "a teacher without a run is one process, and `--nodes` says that it has several",
+            "leave `--nodes`, `--node-rank` and `--rendezvous` away",
+        ));
+    }
     let url = options.broker_url.clone().unwrap_or_else(|| config.redis.clone());
     if url.is_empty() {
         return Err(RunError::config(
@@ -141,7 +162,7 @@ pub fn alone(options: RoleOptions) -> Result<RoleOutcome> {
     let stop = StopFlag::listen(&config.train.signal_to_handle)?;
     let name = options.name.clone().unwrap_or_else(|| format!("teacher-{}", std::process::id()));
     let queue = side.queue(link, "", &name, config)?;
-    let mut teacher = Teacher::load(config, spec)?;
+    let mut teacher = Teacher::load(config, spec, None)?;
     tracing::info!("`{name}` answers the requests at {address}");
     serve(&mut teacher, queue.as_ref(), &name, config.host.silent_ms_max, &|| stop.is_set(), &|_| Ok(()))?;
     Ok(RoleOutcome::Done)
@@ -158,21 +179,8 @@ fn of_process<'s>(base: &Base, specs: &'s [TeacherSpec], replica: Option<&str>) 
         )),
         [only] => Ok(only),
         several => {
-            let rest = replica.unwrap_or_default();
-            let rest = rest.strip_prefix("teacher-").unwrap_or(rest);
-            let is_named = |s: &&TeacherSpec| {
-                rest.strip_prefix(s.name.as_str()).is_some_and(|r| r.is_empty() || r.starts_with('-'))
-            };
-            let number =
-                || rest.rsplit('-').next().and_then(|n| n.parse::<usize>().ok()).map(|n| &several[n % several.len()]);
-            // `a` and `a-0` may both be teachers: `teacher-a-0` is the first replica of `a`.
-            let is_numbered = |s: &TeacherSpec| {
-                let number = rest.strip_prefix(s.name.as_str()).and_then(|r| r.strip_prefix('-'));
-                number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
-            };
-            let named = several.iter().filter(is_named).max_by_key(|s| (is_numbered(s), s.name.len()));
-            named.or_else(number).ok_or_else(|| {
-                let names: Vec<&str> = several.iter().map(|s| s.name.as_str()).collect();
+            let names: Vec<&str> = several.iter().map(|s| s.name.as_str()).collect();
+            which(&names, replica.unwrap_or_default()).and_then(|number| several.get(number)).ok_or_else(|| {
                 RunError::config(
                     "",
                     format!(
@@ -186,22 +194,72 @@ fn of_process<'s>(base: &Base, specs: &'s [TeacherSpec], replica: Option<&str>) 
     }
 }
 
+/// Which of several teachers a replica of this name is; none if its name does not say.
+fn which(names: &[&str], replica: &str) -> Option<usize> {
+    let rest = replica.strip_prefix("teacher-").unwrap_or(replica);
+    let behind = |name: &str| rest.strip_prefix(name).filter(|r| r.is_empty() || r.starts_with('-'));
+    // `a` and `a-0` may both be teachers: `teacher-a-0` is the first replica of `a`.
+    let is_numbered = |name: &str| {
+        let number = behind(name).and_then(|r| r.strip_prefix('-'));
+        number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    };
+    let named = (0..names.len()).filter(|&i| behind(names[i]).is_some());
+    let number = || rest.rsplit('-').next()?.parse::<usize>().ok()?.checked_rem(names.len());
+    named.max_by_key(|&i| (is_numbered(names[i]), names[i].len())).or_else(number)
+}
+
+/// What a run needs of its teachers, which are called `names`: one replica of each.
+pub fn needs(names: Vec<String>) -> Vec<Need> {
+    let all = Arc::new(names);
+    if all.len() < 2 {
+        return vec![Role::Teacher.into()];
+    }
+    let need = |number: usize| {
+        let names = Arc::clone(&all);
+        Need::some_of(Role::Teacher, &format!("teacher `{}`", all[number]), move |replica| {
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            which(&names, replica) == Some(number)
+        })
+    };
+    (0..all.len()).map(need).collect()
+}
+
 /// How the run ended for this process, and how long the batch in hand may take after it.
 fn wait_for_the_end(seat: &mut Seat, ended: &mpsc::Receiver<Result<()>>) -> Result<(RoleOutcome, Duration)> {
     loop {
         if let Ok(Err(error)) = ended.try_recv() {
             return Err(error);
         }
-        match seat.next(None)? {
+        match seat.look(None)? {
+            None => {}
             // Nobody waits for its answers any more.
-            Next::Home(outcome) => return Ok((outcome, Duration::from_millis(2 * TAKE_MS_MAX))),
-            Next::Asked => {
-                if let Some(outcome) = seat.leave()? {
-                    return Ok((outcome, LAST_BATCH));
-                }
-            }
-            Next::Rejoined => {}
-            Next::Order(id, order) => drop(seat.refuse(id, &order)?),
+            Some(Next::Home(outcome)) => return Ok((outcome, Duration::from_millis(2 * TAKE_MS_MAX))),
+            Some(Next::Excused) => return Ok((RoleOutcome::Done, LAST_BATCH)),
+            Some(Next::Order(id, order)) => seat.refuse(id, &order)?,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::which;
+
+    #[test]
+    fn a_replica_is_the_teacher_that_its_name_says() {
+        let of = |names: &[&str], replica| which(names, replica).map(|i| names[i].to_string());
+        for (replica, teacher) in [
+            ("teacher-math-0", Some("math")),
+            ("teacher-code-12", Some("code")),
+            ("code", Some("code")),
+            ("teacher-0", Some("math")),
+            ("teacher-3", Some("code")),
+            ("teacher-mathematics", None),
+            ("", None),
+        ] {
+            assert_eq!(of(&["math", "code"], replica).as_deref(), teacher, "{replica}");
+        }
+        assert_eq!(of(&["a", "a-0"], "teacher-a-0").as_deref(), Some("a"));
+        assert_eq!(of(&["a", "a-0"], "teacher-a-0-0").as_deref(), Some("a-0"));
+        assert_eq!(which(&[], "teacher-0"), None);
     }
 }

@@ -5,6 +5,7 @@ use cosmos_config::{ConfigFile, Parallelism};
 
 use super::*;
 use crate::policy::PolicyRole;
+use crate::roles::replica::tests::over_processes;
 use crate::teacher::Wanted;
 
 fn config(keys: &str) -> Config {
@@ -16,12 +17,12 @@ fn config(keys: &str) -> Config {
 }
 
 /// The quickstart's student as a teacher, on ranks of `parallelism`.
-fn teacher(config: &Config, parallelism: Parallelism) -> Teacher {
+fn teacher(config: &Config, parallelism: Parallelism, party: Option<Arc<Party>>) -> Teacher {
     let folder = cosmos_testkit::repo_root().join("configs/quickstart/student");
     let wanted = Wanted::new(config, &PolicyRole::new(config, config.train.train_policy.grpo().unwrap()).unwrap().spec);
     let shape = ModelConfig::from_folder(&folder).unwrap();
     let spec = TeacherSpec { name: "math".into(), folder, config: shape, weight: 1.0, wanted, parallelism };
-    Teacher::load(config, &spec).unwrap()
+    Teacher::load(config, &spec, party).unwrap()
 }
 
 /// Requests of different lengths, one of which cannot be scored, and one of a validation.
@@ -46,7 +47,10 @@ fn requests(config: &Config) -> Vec<TeacherRequest> {
 }
 
 fn results(config: &Config, parallelism: Parallelism) -> (Vec<TeacherResult>, TeacherHead) {
-    let mut teacher = teacher(config, parallelism);
+    results_of(config, &mut teacher(config, parallelism, None))
+}
+
+fn results_of(config: &Config, teacher: &mut Teacher) -> (Vec<TeacherResult>, TeacherHead) {
     let queue = MemoryBroker::new(BrokerLimits::default());
     let requests = requests(config);
     let samples: Vec<SampleId> = requests.iter().map(|r| r.sample).collect();
@@ -116,6 +120,27 @@ fn several_ranks_say_what_one_says() {
 }
 
 #[test]
+fn a_teacher_over_two_processes_has_the_bits_of_one() {
+    let sizes = || Parallelism { tp_size: 2, dp_shard_size: 2, ..Parallelism::default() };
+    for keys in ["top_k = 0", "top_k = 8", "top_k = -1"] {
+        let config = config(&format!("model_name_or_path = \"m\"\n{keys}"));
+        let whole = results(&config, sizes());
+        let several = over_processes(2, |party| {
+            let mut teacher = teacher(&config, sizes(), Some(Arc::clone(&party)));
+            if party.node() > 0 {
+                return Err(teacher.follow(&StopFlag::default()).unwrap());
+            }
+            let results = results_of(&config, &mut teacher);
+            party.go_home(&RoleOutcome::Done).unwrap();
+            Ok(results)
+        });
+        let mut several = several.into_iter();
+        assert!(several.next().unwrap().unwrap() == whole, "{keys}");
+        assert_eq!(several.next().unwrap().err(), Some(RoleOutcome::Done));
+    }
+}
+
+#[test]
 fn sizes_that_do_not_fit_name_their_table() {
     let config =
         config("top_k = 0\nteachers = [{name = \"math\", model_name_or_path = \"m\", parallelism = {ep_size = 2}}]");
@@ -126,6 +151,6 @@ fn sizes_that_do_not_fit_name_their_table() {
     let shape = ModelConfig::from_folder(&folder).unwrap();
     let parallelism = entry.parallelism.clone().unwrap();
     let spec = TeacherSpec { name: "math".into(), folder, config: shape, weight: 1.0, wanted, parallelism };
-    let error = Teacher::load(&config, &spec).err().unwrap();
+    let error = Teacher::load(&config, &spec, None).err().unwrap();
     assert!(error.to_string().contains("`distillation.teachers[0].parallelism`: `ep_size` is 2"), "{error}");
 }

@@ -77,13 +77,32 @@ fn a_server_whose_starter_has_died_is_taken_over_and_ended() {
     let dir = tempfile::tempdir().unwrap();
     let server = server(dir.path(), None, None, None);
     let port = server.address().port().to_string();
-    // No process has the number 0.
-    std::fs::write(dir.path().join("redis.owner"), "0").unwrap();
+    let error = RedisServer::start(dir.path(), free_port(), None, &ServerOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("another process has a server in that folder"), "{error}");
+    assert!(RedisServer::take_over(dir.path()).unwrap().is_none(), "its starter lives");
+    server.let_go();
     let (address, second) = open_or_start(&port, dir.path(), &ServerOptions::default()).unwrap();
     let second = second.unwrap();
     assert_eq!((&address, second.process_id()), (server.address(), server.process_id()));
     drop(second);
     assert!(connected(&address.secret_url()).is_err(), "it ends with its new owner");
+}
+
+#[test]
+fn a_server_that_was_left_behind_ends_before_another_is_started() {
+    if !has_redis() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    // What has a meaning in the server's configuration has none in a folder's name.
+    let dir = dir.path().join("a \"b\" \\c\nport 1");
+    let dir = dir.as_path();
+    let old = server(dir, None, None, None);
+    old.let_go();
+    let new = server(dir, None, None, None);
+    assert_ne!(new.process_id(), old.process_id());
+    assert!(connected(&old.address().secret_url()).is_err(), "two would write the same files");
+    connected(&new.address().secret_url()).unwrap();
 }
 
 #[test]

@@ -77,6 +77,7 @@ pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
         nodes: placement.nodes,
         gpus_per_node: placement.gpus_per_node,
         cores_per_node: args.sizes.cores_per_node.unwrap_or(0),
+        ranks_per_node: args.sizes.ranks_per_node.unwrap_or(0),
         ports: placement.ports,
         save_wait_s: args.save_wait,
         one_process: args.sizes.one_process,

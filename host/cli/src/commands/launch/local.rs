@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use clap::ValueHint;
 use comfy_table::{Table, presets};
-use cosmos_launch::{Counts, LaunchOptions, Machine, Outcome, Placement};
+use cosmos_launch::placement::Counts;
+use cosmos_launch::{LaunchOptions, LocalPlan, Machine, Outcome, local_plan};
 
 use crate::args::ConfigArgs;
 use crate::commands::config::resolve;
@@ -35,6 +36,10 @@ pub struct Args {
     /// Let several replicas use one GPU when there are fewer GPUs than they want
     #[arg(long)]
     share_gpus: bool,
+    /// On CPUs, ranks of one process: a larger policy or teacher is several processes, as over several nodes [default: no
+    /// limit]
+    #[arg(long, value_name = "N")]
+    ranks_per_node: Option<usize>,
     /// Go on from the newest good checkpoint of the run folder
     #[arg(long)]
     resume: bool,
@@ -45,19 +50,19 @@ pub struct Args {
 
 /// Runs it.
 pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
+    let counts = Counts { policy: args.policies, rollout: args.rollouts, teacher: args.teachers };
     let mut set = args.config.overrides.set.clone();
-    // The roles read the same counts, so that the controller knows for how many policies a step waits.
-    let counts = [("policy", args.policies), ("rollout", args.rollouts), ("distillation", args.teachers)];
-    for (table, count) in counts {
-        set.extend(count.map(|count| format!("{table}.parallelism.n_init_replicas={count}")));
-    }
+    set.extend(counts.overrides());
     let resolved = resolve(&args.config.config, &set)?;
-    let counts = Counts { policies: args.policies, rollouts: args.rollouts, teachers: args.teachers };
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
-    let machine = Machine { share_gpus: args.share_gpus, ..Machine::this(visible.as_deref()) };
-    let placement = cosmos_launch::placement(&resolved.config, counts, &machine)?;
+    let machine = Machine {
+        share_gpus: args.share_gpus,
+        ranks_per_node: args.ranks_per_node.unwrap_or(0),
+        ..Machine::this(visible.as_deref())
+    };
+    let plan = local_plan(&resolved.config, counts, &machine)?;
     if args.dry_run {
-        out.line(table(&placement))?;
+        out.line(table(&plan))?;
         return Ok(Exit::Done);
     }
     let mut arguments: Vec<OsString> = vec!["--config".into(), args.config.config.into()];
@@ -75,26 +80,26 @@ pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
             .with_hint("go on with it by `--resume`, or take another folder"));
     }
     let controller_arguments = if args.resume { vec!["--resume".into()] } else { Vec::new() };
-    let options = LaunchOptions { program, arguments, controller_arguments, run_folder, placement };
+    let options = LaunchOptions { program, arguments, controller_arguments, run_folder, plan };
     match cosmos_launch::local(options, &resolved.config)? {
         Outcome::Done => Ok(Exit::Done),
         Outcome::Saved => Ok(Exit::Requeue),
     }
 }
 
-fn table(placement: &Placement) -> String {
+fn table(plan: &LocalPlan) -> String {
     let mut table = Table::new();
     let mut header = vec!["process", "ranks", "cores", "gpus", "listens"];
     let devices_at = 3;
-    if placement.gpus == 0 {
+    if plan.gpus == 0 {
         header.remove(devices_at);
     }
     table.load_style(presets::NOTHING).set_header(header);
-    for place in &placement.places {
-        let cores = place.cores.map_or_else(|| "-".to_owned(), |cores| cores.to_string());
-        let devices = if place.devices.is_empty() { "-".to_owned() } else { place.devices.join(",") };
-        let mut row = vec![place.name.clone(), place.ranks.to_string(), cores, devices, place.listens.clone()];
-        if placement.gpus == 0 {
+    for process in &plan.processes {
+        let cores = process.cores.map_or_else(|| "-".to_owned(), |cores| cores.to_string());
+        let devices = if process.devices.is_empty() { "-".to_owned() } else { process.devices.join(",") };
+        let mut row = vec![process.name.clone(), process.ranks.to_string(), cores, devices, process.listens.clone()];
+        if plan.gpus == 0 {
             row.remove(devices_at);
         }
         table.add_row(row);

@@ -5,7 +5,7 @@ mod lepton;
 mod local;
 mod node;
 mod plan;
-mod sizes;
+pub(crate) mod sizes;
 mod slurm;
 
 use clap::Subcommand;

@@ -15,6 +15,10 @@ pub struct SizeArgs {
     /// Cores of one node, divided among its processes [default on CPUs: as many as this machine has]
     #[arg(long, value_name = "N")]
     pub cores_per_node: Option<usize>,
+    /// On CPUs, ranks of one policy or teacher on a node: a larger one gets a process on each of several nodes, or several
+    /// on one [default: no limit]
+    #[arg(long, value_name = "N")]
+    pub ranks_per_node: Option<usize>,
     /// Policy replicas [default: `policy.parallelism.n_init_replicas`]
     #[arg(long, value_name = "N")]
     pub n_policy_replicas: Option<usize>,
@@ -41,19 +45,16 @@ pub struct SizeArgs {
 impl SizeArgs {
     /// `--set` arguments that put the replica counts into the config, so that all processes read the same.
     pub fn overrides(&self) -> Vec<String> {
-        let counts = [
-            ("policy", self.n_policy_replicas),
-            ("rollout", self.n_rollout_replicas),
-            ("distillation", self.n_reference_replicas),
-        ];
-        let set =
-            |(table, count): (&str, Option<usize>)| Some(format!("{table}.parallelism.n_init_replicas={}", count?));
-        counts.into_iter().filter_map(set).collect()
+        self.counts().overrides()
+    }
+
+    fn counts(&self) -> Counts {
+        Counts { policy: self.n_policy_replicas, rollout: self.n_rollout_replicas, teacher: self.n_reference_replicas }
     }
 
     /// Whether the processes need a Redis server that the launcher starts: the config names none by URL.
     pub fn starts_redis(&self, resolved: &Resolved) -> bool {
-        !self.one_process && !resolved.config.redis.contains("://")
+        !self.one_process && cosmos_launch::starts_redis(&resolved.config)
     }
 
     /// Cores of a node: as given, else this machine's where cores are all there is to divide; 0 for unknown.
@@ -79,6 +80,7 @@ impl SizeArgs {
         let space = Space {
             gpus_per_node: if on_gpus { gpus.unwrap_or(GPUS_PER_NODE) } else { 0 },
             cores_per_node: self.cores(resolved),
+            ranks_per_node: self.ranks_per_node.unwrap_or(0),
             nodes,
             ports,
         };
@@ -90,12 +92,7 @@ impl SizeArgs {
         let wanted = if self.one_process {
             vec![Demand::new(Role::Policy, 1, 1)]
         } else {
-            let counts = Counts {
-                policy: self.n_policy_replicas,
-                rollout: self.n_rollout_replicas,
-                teacher: self.n_reference_replicas,
-            };
-            demands(&resolved.config, &counts)?
+            demands(&resolved.config, &self.counts())?
         };
         Ok(place(&wanted, &space)?)
     }

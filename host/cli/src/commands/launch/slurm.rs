@@ -101,6 +101,7 @@ pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
         work_folder,
         one_process: args.sizes.one_process,
         cores_per_node: args.sizes.cores_per_node.unwrap_or(0),
+        ranks_per_node: args.sizes.ranks_per_node.unwrap_or(0),
         placement,
         partition: args.slurm_partition,
         account: args.slurm_account,

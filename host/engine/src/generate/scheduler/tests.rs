@@ -143,6 +143,67 @@ fn uneven_lengths_keep_the_slots_busy() {
 }
 
 #[test]
+fn very_uneven_lengths_lose_little_to_idle_rows() {
+    // Half of them end within four tokens, a tenth take fifty times as long.
+    let len = |id: u64| match id * 7 % 10 {
+        0 => 200,
+        1..5 => 20 + id as usize % 40,
+        _ => 1 + id as usize % 4,
+    };
+    let requests: Vec<GenerateRequest> = (0..400)
+        .map(|id| GenerateRequest {
+            id,
+            prompt: vec![1, 2],
+            n: 1,
+            max_new_tokens: len(id),
+            ..GenerateRequest::default()
+        })
+        .collect();
+    let free = GenerateOptions { stop_ids: Vec::new(), context_limit: 300, ..options(16) };
+    let (all, stats) = run(&requests, &SamplingParams::default(), &free);
+    // A step has a row for each running sequence and no other; a slot without one is idle.
+    assert_eq!(stats.row_steps, all.iter().map(|g| g.tokens.len() - 1).sum::<usize>());
+    let idle = 1.0 - stats.row_steps as f64 / (16 * stats.steps) as f64;
+    assert!(idle < 0.15, "{idle} of all rows were idle");
+    // In batches of 16 that wait for their longest, most rows would be.
+    let waiting: usize = all.chunks(16).map(|batch| batch.iter().map(|g| g.tokens.len()).max().unwrap_or(0)).sum();
+    assert!(stats.row_steps * 2 < 16 * waiting);
+}
+
+#[test]
+fn completions_of_a_prompt_share_its_computation() {
+    let request =
+        |id, n| GenerateRequest { id, prompt: vec![5; 20], n, max_new_tokens: 4, ..GenerateRequest::default() };
+    let free = GenerateOptions { stop_ids: Vec::new(), ..options(16) };
+    let (all, stats) = run(&[request(1, 8), request(2, 8)], &SamplingParams::default(), &free);
+    assert_eq!((all.len(), stats.prompt_tokens, stats.prefills), (16, 2 * 20, 1));
+}
+
+#[test]
+fn keys_and_values_are_bounded() {
+    let requests: Vec<GenerateRequest> = (0..24)
+        .map(|id| GenerateRequest { id, prompt: vec![4, 2], n: 2, max_new_tokens: 30, ..GenerateRequest::default() })
+        .collect();
+    let free = GenerateOptions { stop_ids: Vec::new(), ..options(16) };
+    let (expected, wide) = run(&requests, &SamplingParams::default(), &free);
+    assert!(wide.row_steps > 15 * wide.steps);
+    let bytes = FakeModel::new().config().kv_token_bytes() * 3 * (32 + SLACK_TOKENS);
+    let bounded = GenerateOptions { kv_bytes_max: Some(bytes), ..free };
+    let (found, narrow) = run(&requests, &SamplingParams::default(), &bounded);
+    assert_eq!(found, expected);
+    assert!(narrow.row_steps <= 3 * narrow.steps, "{narrow:?}");
+    // One that could never run is refused before anything is computed.
+    let long = GenerateRequest { id: 77, max_new_tokens: 300, ..requests[0].clone() };
+    let bounded = GenerateOptions { context_limit: 1000, ..bounded };
+    let error = generate(&mut FakeModel::new(), &[long], &SamplingParams::default(), &bounded, &mut |_| {
+        ControlFlow::Continue(())
+    })
+    .unwrap_err();
+    assert!(error.to_string().contains("request 77") && error.to_string().contains("366 tokens"), "{error}");
+    assert!(error.hint().unwrap().contains("host.kv_mib_max"));
+}
+
+#[test]
 fn many_slots_wait_a_little_to_share_prompts() {
     let requests: Vec<GenerateRequest> = (0..64)
         .map(|id| GenerateRequest {

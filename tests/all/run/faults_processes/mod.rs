@@ -3,12 +3,16 @@
 //!
 //! Those that are ignored take long; `tests/nightly.sh` runs them.
 
+mod disk;
+mod reports;
+mod torn;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::cluster::{BATCH, Cluster, STEPS, is_alive, possible, signal, steps_recorded, undisturbed};
+use super::cluster::{BATCH, Cluster, STEPS, asked_to_stop, is_alive, possible, signal, steps_recorded, undisturbed};
 use super::weights_hash;
 
 const VALIDATING: [&str; 4] =
@@ -80,6 +84,62 @@ fn a_rollout_that_is_killed_while_it_generates() {
 #[test]
 fn the_only_policy_is_killed_while_it_trains() {
     killed_at("policy-0", "train", "step 4");
+}
+
+/// A policy and a teacher of four ranks, over two processes each.
+const SHARDED: [&str; 6] = [
+    "policy.parallelism.dp_shard_size=2",
+    "policy.parallelism.tp_size=2",
+    "distillation.parallelism.dp_shard_size=2",
+    "distillation.parallelism.tp_size=2",
+    "distillation.mini_batch=8",
+    "distillation.batch_size_per_replica=16",
+];
+
+/// The run of the same ranks in one process each, which nobody disturbs.
+static SHARDED_REFERENCE: LazyLock<(tempfile::TempDir, PathBuf)> = LazyLock::new(|| {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::launch(dir.path(), &SHARDED, &[]);
+    assert_eq!(cluster.wait(), Some(0), "{}", cluster.logs());
+    let run = cluster.run.clone();
+    (dir, run)
+});
+
+/// Kills a process of a replica that has two; both are started again, and the run ends as if nothing had been.
+fn one_of_two_processes_is_killed(who: &str, catch: impl FnOnce(&Cluster) -> u32) {
+    if !possible() {
+        return;
+    }
+    let _alone = alone();
+    let reference = &SHARDED_REFERENCE.1;
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::launch(dir.path(), &SHARDED, &["--ranks-per-node", "2"]);
+    let (caught, both) = (catch(&cluster), cluster.processes());
+    assert_eq!(both.keys().filter(|name| name.starts_with("policy-0")).count(), 2);
+    signal(both[who], "KILL");
+    signal(caught, "CONT");
+    cluster.must_end_like(reference);
+    let logs = cluster.logs();
+    let replica = who.split('.').next().unwrap();
+    assert!(logs.contains(&format!("the processes of `{replica}` cannot go on")), "{logs}");
+    assert!(logs.contains("lost process"), "{logs}");
+}
+
+#[test]
+fn the_second_process_of_the_only_policy_is_killed_while_it_trains() {
+    one_of_two_processes_is_killed("policy-0.1", |cluster| cluster.freeze("policy-0", "train", "step 4"));
+}
+
+#[test]
+#[ignore = "long: nightly"]
+fn the_first_process_of_the_only_policy_is_killed_while_it_trains() {
+    one_of_two_processes_is_killed("policy-0", |cluster| cluster.freeze("policy-0", "train", "step 3"));
+}
+
+#[test]
+#[ignore = "long: nightly"]
+fn the_second_process_of_the_only_teacher_is_killed_while_it_holds_requests() {
+    one_of_two_processes_is_killed("teacher-0.1", |cluster| cluster.freeze_teacher_with_requests("teacher-0"));
 }
 
 #[test]
@@ -261,14 +321,9 @@ fn asked_to_leave(name: &str) {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::launch(dir.path(), &[], &[]);
-    let policy = cluster.freeze("policy-0", "train", "step 3");
-    let id = if name == "launcher" { cluster.launcher() } else { cluster.id(name) };
-    signal(id, "TERM");
-    signal(policy, "CONT");
-    assert_eq!(cluster.wait(), Some(75), "{name}\n{}", cluster.logs());
-    let steps = steps_recorded(&cluster.run).len() as u64;
-    assert!((2..STEPS).contains(&steps), "{steps} steps\n{}", cluster.logs());
+    let steps = asked_to_stop(&mut cluster, name, 3);
     // What was trained is saved, not only what an earlier checkpoint holds.
+    assert!((2..STEPS).contains(&steps), "{steps} steps\n{}", cluster.logs());
     assert!(cluster.run.join(format!("checkpoints/step_{steps:08}")).is_dir(), "step {steps}\n{}", cluster.logs());
     cluster.resume();
     cluster.must_end_like(reference());
@@ -374,8 +429,8 @@ fn strangers_are_refused() {
         cluster.join("rollout", "other-config", &["--set", "train.seed=7"]);
         let code = cluster.wait_for_joined(0);
         let said = std::fs::read_to_string(cluster.run.join("logs/other-config.log")).unwrap();
-        assert!(code.is_some_and(|code| code != 0), "{said}");
-        assert!(said.contains("was started differently from the run: config"), "{said}");
+        assert_eq!(code, Some(2), "{said}");
+        assert!(said.contains("was started differently from the run: `train.seed` is 7, and not "), "{said}");
 
         let control = std::fs::read_to_string(cluster.run.join("control.json")).unwrap();
         let control: serde_json::Value = serde_json::from_str(&control).unwrap();

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use plotters::coord::Shift;
 use plotters::prelude::*;
-use plotters::style::text_anchor::{HPos, Pos, VPos};
+use plotters::style::text_anchor::{HPos, VPos};
 
+use super::canvas::{Area, dashed, extent, line, linear_ticks, shortened, text, text_of, tick_text};
 use crate::folder::replace_file;
 use crate::format::{format_number, format_percent};
 use crate::{ReportError, Result};
@@ -17,7 +17,6 @@ const MARGIN_LEFT_PX: i32 = 84;
 const MARGIN_RIGHT_PX: i32 = 28;
 const MARGIN_BOTTOM_PX: i32 = 54;
 const LEGEND_ROW_PX: i32 = 22;
-const FONT: &str = "Inter, Helvetica, Arial, sans-serif";
 
 const STUDENT: RGBColor = RGBColor(29, 78, 216);
 const STUDENT_START: RGBColor = RGBColor(120, 130, 150);
@@ -191,8 +190,6 @@ enum Stroke {
     Thin,
 }
 
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-
 fn draw(area: &Area, curve: &LearningCurve, panels: &[Panel], x_range: (f64, f64)) -> std::result::Result<(), String> {
     area.fill(&WHITE).map_err(text_of)?;
     let title = if curve.title.is_empty() { "Learning curve" } else { &curve.title };
@@ -283,61 +280,11 @@ fn draw_legend(area: &Area, series: &[Series], left: i32, top: i32, right: i32) 
     Ok(y + LEGEND_ROW_PX)
 }
 
-fn line(area: &Area, points: Vec<(i32, i32)>, style: ShapeStyle) -> std::result::Result<(), String> {
-    area.draw(&PathElement::new(points, style)).map_err(text_of)
-}
-
-fn dashed(area: &Area, left: i32, right: i32, y: i32, color: RGBColor) -> std::result::Result<(), String> {
-    for x in (left..right).step_by(10) {
-        line(area, vec![(x, y), ((x + 6).min(right), y)], color.stroke_width(2))?;
-    }
-    Ok(())
-}
-
-fn text_of(error: impl std::fmt::Display) -> String {
-    error.to_string()
-}
-
-/// A text style under construction.
-struct TextKind {
-    size_px: f64,
-    color: RGBColor,
-}
-
-fn text(size_px: f64, color: RGBColor) -> TextKind {
-    TextKind { size_px, color }
-}
-
-impl TextKind {
-    // The SVG back end divides a font's size by 1.24.
-    fn style(&self, font_style: FontStyle) -> TextStyle<'static> {
-        let mut style = TextStyle::from((FontFamily::Name(FONT), self.size_px * 1.24, font_style));
-        style.color = self.color.to_backend_color();
-        style
-    }
-
-    fn bold(&self) -> TextStyle<'static> {
-        self.style(FontStyle::Bold)
-    }
-
-    fn plain(&self) -> TextStyle<'static> {
-        self.style(FontStyle::Normal)
-    }
-
-    fn at(&self, h: HPos, v: VPos) -> TextStyle<'static> {
-        self.plain().pos(Pos::new(h, v))
-    }
-}
-
 fn finite(points: &[(u64, f64)], keep: impl Fn(f64) -> bool) -> Vec<(f64, f64)> {
     let mut kept: Vec<_> =
         points.iter().filter(|p| p.1.is_finite() && keep(p.1)).map(|&(x, y)| (x as f64, y)).collect();
     kept.sort_by(|a, b| a.0.total_cmp(&b.0));
     kept
-}
-
-fn extent(values: impl Iterator<Item = f64>) -> (f64, f64) {
-    values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)))
 }
 
 /// Mean over `window` points around each point, fewer at the ends.
@@ -357,15 +304,6 @@ fn thinned(points: &[(f64, f64)]) -> impl Iterator<Item = (f64, f64)> + '_ {
     points.iter().enumerate().filter(move |(i, _)| i % stride == 0 || i + 1 == points.len()).map(|(_, p)| *p)
 }
 
-/// Round numbers (1, 2 or 5 times a power of ten apart) inside the range, about `wanted` of them.
-fn linear_ticks((low, high): (f64, f64), wanted: usize) -> Vec<f64> {
-    let rough = (high - low) / wanted as f64;
-    let power = 10_f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|s| *s >= rough * 0.999).unwrap_or(power);
-    let (first, last) = ((low / step - 1e-9).ceil() as i64, (high / step + 1e-9).floor() as i64);
-    (first..=last).take(50).map(|i| i as f64 * step).filter(|t| t.is_finite()).collect()
-}
-
 /// Values whose logarithms lie in the range: powers of ten, with 2 and 5 between them on a short range.
 fn log_ticks((low, high): (f64, f64)) -> Vec<f64> {
     let decades = high - low;
@@ -379,23 +317,6 @@ fn log_ticks((low, high): (f64, f64)) -> Vec<f64> {
         .flat_map(|power| factors.iter().map(move |f| f * 10_f64.powi(power)))
         .filter(|t| (low..=high).contains(&t.log10()))
         .collect()
-}
-
-/// A tick's value without the noise of its arithmetic.
-fn tick_text(value: f64) -> String {
-    let magnitude = value.abs();
-    if magnitude != 0.0 && !(1e-3..1e6).contains(&magnitude) {
-        return format!("{value:.0e}");
-    }
-    let text = format!("{value:.6}");
-    text.trim_end_matches('0').trim_end_matches('.').to_owned()
-}
-
-fn shortened(text: &str, chars_max: usize) -> String {
-    if text.chars().count() <= chars_max {
-        return text.to_owned();
-    }
-    text.chars().take(chars_max.saturating_sub(1)).chain(['…']).collect()
 }
 
 fn capitalized(text: &str) -> String {

@@ -1,29 +1,22 @@
-//! Which processes a run on this machine has.
+//! The processes of a run on this machine alone, for `launch local`.
 
 use cosmos_config::{Config, Wire};
 
 use crate::error::{LaunchError, Result};
-use crate::placement::{self, Demand, Ports, Role, Space, demands, place, uses_gpus};
+use crate::placement::{Counts, Demand, Ports, Role, Space, demands, place, uses_gpus};
 
-/// Processes of one role.
+/// Replicas of one role on one machine at most.
 const REPLICAS_MAX: usize = 256;
 
-/// How many of each, where the command line says so.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Counts {
-    /// In place of `policy.parallelism.n_init_replicas`.
-    pub policies: Option<usize>,
-    /// In place of `rollout.parallelism.n_init_replicas`.
-    pub rollouts: Option<usize>,
-    /// In place of `distillation.parallelism.n_init_replicas`; of each of several teachers that has no table of its own.
-    pub teachers: Option<usize>,
-}
-
-/// One process.
+/// One process on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
-    /// Its name in the run, in logs and in the status.
+pub struct LocalProcess {
+    /// Its name in logs and messages: the replica's, and for its further processes their number behind it.
     pub name: String,
+    /// The replica's name in the run.
+    pub replica: String,
+    /// Which process of its replica it is, and how many that has.
+    pub part: (usize, usize),
     /// The command that it is.
     pub role: &'static str,
     /// Ranks in it, each a thread.
@@ -36,11 +29,11 @@ pub struct Place {
     pub listens: String,
 }
 
-/// All processes of a run.
+/// All processes of a run on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Placement {
+pub struct LocalPlan {
     /// Redis, if it is started, the controller, then the roles.
-    pub places: Vec<Place>,
+    pub processes: Vec<LocalProcess>,
     /// Cores of this machine.
     pub cores: usize,
     /// GPUs of this machine; 0 on CPUs.
@@ -56,6 +49,8 @@ pub struct Machine {
     pub gpus: Vec<String>,
     /// Replicas may share GPUs when there are too few of them.
     pub share_gpus: bool,
+    /// On CPUs: ranks of one process at most; 0: no limit.
+    pub ranks_per_node: usize,
 }
 
 impl Machine {
@@ -72,12 +67,12 @@ impl Machine {
                 (0..count).map(|index| index.to_string()).collect()
             }
         };
-        Self { cores, gpus, share_gpus: false }
+        Self { cores, gpus, share_gpus: false, ranks_per_node: 0 }
     }
 }
 
 /// Decides it: [`place`] for this machine as the only node.
-pub fn placement(config: &Config, counts: Counts, machine: &Machine) -> Result<Placement> {
+pub fn local_plan(config: &Config, counts: Counts, machine: &Machine) -> Result<LocalPlan> {
     if config.train.train_policy.grpo().is_none() {
         return Err(LaunchError::Config {
             message: "`train.train_policy.type` is `sft`, which has no rollouts to run beside the policy".into(),
@@ -102,13 +97,16 @@ pub fn placement(config: &Config, counts: Counts, machine: &Machine) -> Result<P
             (true, true) => ranks.max(machine.gpus.len()),
         },
         cores_per_node: machine.cores,
+        ranks_per_node: machine.ranks_per_node,
         nodes: Some(1),
         ports: Ports::default(),
     };
     let placed = place(&roles, &space)?;
-    let mut places = Vec::new();
-    let plain = |role: &'static str, listens: &str| Place {
+    let mut processes = Vec::new();
+    let plain = |role: &'static str, listens: &str| LocalProcess {
         name: role.into(),
+        replica: role.into(),
+        part: (0, 1),
         role,
         ranks: 1,
         cores: None,
@@ -118,34 +116,36 @@ pub fn placement(config: &Config, counts: Counts, machine: &Machine) -> Result<P
     if starts_redis(config) {
         let listens = if config.redis.is_empty() { "127.0.0.1, any free port" } else { "127.0.0.1" };
         let port = if config.redis.is_empty() { String::new() } else { format!(":{}", config.redis) };
-        places.push(plain("redis", &format!("{listens}{port}")));
+        processes.push(plain("redis", &format!("{listens}{port}")));
     }
-    places.push(plain("controller", &config.host.control_address));
+    processes.push(plain("controller", &config.host.control_address));
     for (replica, part) in placed.on_node(0) {
         let device = |index: &usize| machine.gpus.get(index % machine.gpus.len().max(1)).cloned();
-        places.push(Place {
-            name: replica.name.clone(),
+        processes.push(LocalProcess {
+            name: replica.process_name(part),
+            replica: replica.name.clone(),
+            part: (replica.place_of(part), replica.parts.len()),
             role: replica.role.name(),
-            ranks: replica.ranks,
+            ranks: part.ranks,
             cores: Some(part.cores),
             devices: part.devices.iter().filter_map(device).collect(),
             listens: if replica.role == Role::Policy { "127.0.0.1, any free port" } else { "" }.into(),
         });
     }
-    Ok(Placement { places, cores: machine.cores, gpus: if on_gpus { machine.gpus.len() } else { 0 } })
+    Ok(LocalPlan { processes, cores: machine.cores, gpus: if on_gpus { machine.gpus.len() } else { 0 } })
 }
 
 fn demands_of(config: &Config, counts: Counts) -> Result<Vec<Demand>> {
-    if let Some(count) = counts.teachers.filter(|count| *count > 0 && !config.distillation.enable) {
+    if let Some(count) = counts.teacher.filter(|count| *count > 0 && !config.distillation.enable) {
         return Err(LaunchError::Config {
             message: format!("`--teachers {count}`, but the config has no distillation"),
             hint: "set `distillation.enable = true`, or leave the flag away".into(),
         });
     }
     let flags = [
-        ("policy", "policies", counts.policies.unwrap_or(config.policy.parallelism.n_init_replicas)),
-        ("rollout", "rollouts", counts.rollouts.unwrap_or(config.rollout.parallelism.n_init_replicas)),
-        ("teacher", "teachers", counts.teachers.unwrap_or(config.distillation.parallelism.n_init_replicas)),
+        ("policy", "policies", counts.policy.unwrap_or(config.policy.parallelism.n_init_replicas)),
+        ("rollout", "rollouts", counts.rollout.unwrap_or(config.rollout.parallelism.n_init_replicas)),
+        ("teacher", "teachers", counts.teacher.unwrap_or(config.distillation.parallelism.n_init_replicas)),
     ];
     for (role, flag, count) in flags {
         let wanted = role != "teacher" || config.distillation.enable;
@@ -158,7 +158,6 @@ fn demands_of(config: &Config, counts: Counts) -> Result<Vec<Demand>> {
             });
         }
     }
-    let counts = placement::Counts { policy: counts.policies, rollout: counts.rollouts, teacher: counts.teachers };
     demands(config, &counts)
 }
 
@@ -194,6 +193,6 @@ fn check_gpus(config: &Config, roles: &[Demand], machine: &Machine) -> Result<()
 }
 
 /// Whether the run's Redis is ours to start: there is no URL of another.
-pub(crate) fn starts_redis(config: &Config) -> bool {
+pub fn starts_redis(config: &Config) -> bool {
     config.redis.is_empty() || config.redis.bytes().all(|b| b.is_ascii_digit())
 }
