@@ -28,6 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import bench_binary, processor
+
 ROOT = Path(__file__).resolve().parent.parent
 
 SIZES = {
@@ -52,16 +54,6 @@ def arguments():
     parser.add_argument("--bench", type=Path, help="the bench binary (default: the newest under the target folder)")
     parser.add_argument("--json", type=Path, help="also write everything that was measured here")
     return parser.parse_args()
-
-
-def bench_binary(asked):
-    if asked:
-        return asked
-    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-    binary = target / "release" / "examples" / "bench"
-    if not binary.exists():
-        sys.exit(f"error: {binary} is not there\nhint: cargo build --release -p cosmos-host --example bench")
-    return binary
 
 
 def make_model(shape, vocab, folder, seed):
@@ -168,16 +160,6 @@ def ours(binary, folder, options):
     environment = dict(os.environ, RAYON_NUM_THREADS=str(options.threads))
     subprocess.run(command, check=True, env=environment)
     return json.loads(out.read_text())
-
-
-def processor():
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor()
 
 
 def main():

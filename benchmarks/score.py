@@ -29,6 +29,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 
@@ -362,16 +364,6 @@ def check_logprobs(ours, theirs):
     gap = max(abs(a - b) for mine, reference in zip(ours, theirs) for a, b in zip(mine, reference))
     if len(ours) != len(theirs) or not gap <= LOGPROB_GAP_MAX:
         sys.exit(f"error: log-probabilities differ by up to {gap}; the two sides do different work")
-
-
-def processor():
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor()
 
 
 def main():

@@ -28,6 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import bench_binary, processor
+
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("eager", "compiled")
 LEARNING_RATE = 1e-4
@@ -74,16 +76,6 @@ def shape_of(options):
         shape["num_hidden_layers"] = options.layers
     batch, length = shape.pop("batch"), shape.pop("length")
     return shape, options.batch or batch, options.length or length
-
-
-def bench_binary(asked):
-    if asked:
-        return asked
-    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-    binary = target / "release" / "examples" / "bench"
-    if not binary.exists():
-        sys.exit(f"error: {binary} is not there\nhint: cargo build --release -p cosmos-host --example bench")
-    return binary
 
 
 def make_model(shape, folder):
@@ -187,16 +179,6 @@ def check(found):
                     f"error: the losses of step {step + 1} differ: {names[0]} {mine}, {side} {reference}; "
                     "the sides do different work"
                 )
-
-
-def processor():
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor()
 
 
 def measure(options, folder):

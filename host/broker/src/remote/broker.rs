@@ -547,23 +547,31 @@ impl Broker for RedisBroker {
             })?;
         let counters: HashMap<String, u64> =
             self.link.run("counting", |c| redis::cmd("HGETALL").arg(self.key("counters")).query(c))?;
-        let counter = |name: &str| counters.get(name).copied().unwrap_or(0);
         Ok(BrokerStats {
             waiting: length.saturating_sub(delivered),
             delivered,
             results,
             oldest_waiting_ms,
-            published: counter("published"),
-            completed: counter("completed"),
-            duplicates: counter("duplicates"),
-            reclaimed: counter("reclaimed"),
-            failed: counter("failed"),
-            expired: counter("expired"),
-            rejected: counter("rejected"),
-            latency_ms_sum: counter("latency_ms_sum"),
-            latency_ms_max: counter("latency_ms_max"),
-            scored_tokens: counter("scored_tokens"),
-            scored_ms: counter("scored_ms"),
+            ..counted(&counters)
         })
+    }
+}
+
+/// What brokers in Redis count, by the fields of their hash; a field that is not there counts nothing.
+pub(super) fn counted(counters: &HashMap<String, u64>) -> BrokerStats {
+    let counter = |name: &str| counters.get(name).copied().unwrap_or(0);
+    BrokerStats {
+        published: counter("published"),
+        completed: counter("completed"),
+        duplicates: counter("duplicates"),
+        reclaimed: counter("reclaimed"),
+        failed: counter("failed"),
+        expired: counter("expired"),
+        rejected: counter("rejected"),
+        latency_ms_sum: counter("latency_ms_sum"),
+        latency_ms_max: counter("latency_ms_max"),
+        scored_tokens: counter("scored_tokens"),
+        scored_ms: counter("scored_ms"),
+        ..BrokerStats::default()
     }
 }

@@ -14,7 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use redis::Script;
 
 use super::RedisLink;
-use super::broker::{Pace, arrived, unique};
+use super::broker::{Pace, arrived, counted, unique};
 use super::scripts::{RECLAIMED, Scripts};
 use crate::broker::{REQUEST_QUEUE, Scored};
 use crate::wire::cosmos_rl::{self as wire, Request, Scores, WireLimits};
@@ -654,21 +654,12 @@ impl Broker for CosmosRlBroker {
             })?;
         let counters: HashMap<String, u64> =
             self.link.run("counting", |c| redis::cmd("HGETALL").arg(COUNTERS).query(c))?;
-        let counter = |name: &str| counters.get(name).copied().unwrap_or(0);
         Ok(BrokerStats {
             waiting: length.saturating_sub(delivered),
             delivered,
             results,
             oldest_waiting_ms,
-            published: counter("published"),
-            completed: counter("completed"),
-            duplicates: counter("duplicates"),
-            reclaimed: counter("reclaimed"),
-            failed: counter("failed"),
-            rejected: counter("rejected"),
-            scored_tokens: counter("scored_tokens"),
-            scored_ms: counter("scored_ms"),
-            ..BrokerStats::default()
+            ..counted(&counters)
         })
     }
 }

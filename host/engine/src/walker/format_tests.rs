@@ -123,7 +123,7 @@ fn a_model_that_is_only_read_comes_from_a_folder_and_is_not_trained() {
 }
 
 /// Completions with the log-probs that were recorded, and the mismatch that training reports of them.
-fn mismatch(model: &mut dyn Model) -> (Vec<Sample>, Spread) {
+pub(super) fn mismatch(model: &mut dyn Model) -> (Vec<Sample>, Spread) {
     let requests: Vec<GenerateRequest> = sequences(&[5, 9, 3], model.config().vocab_size)
         .into_iter()
         .zip(0..)

@@ -1,15 +1,13 @@
 //! The numbers of the walk, on every engine of this machine: gradients against finite differences, and independence of how a
 //! batch is cut, what is decoded beside a sequence, and how many threads there are.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 use std::path::Path;
 
 use proptest::prelude::*;
 
 use crate::batch::{Position, TokenBatch};
-use crate::generate::{GenerateOptions, GenerateRequest, SamplingParams, generate};
 use crate::model::{self, Decoder, HeadLoss, Model, ModelConfig, Prefill};
-use crate::objective::{Normaliser, ObjectiveSpec, PolicyLoss, Sample};
 use crate::{EngineError, Result};
 
 /// Small configs that together use every switch.
@@ -334,30 +332,7 @@ fn misuse_is_an_error(device: &str) {
 fn rollout_and_training_give_the_same_log_probs(device: &str) {
     for config in configs() {
         let mut model = random(device, &config, 3);
-        let requests: Vec<GenerateRequest> = sequences(&[5, 9, 3], config.vocab_size)
-            .into_iter()
-            .zip(0..)
-            .map(|(prompt, id)| GenerateRequest { id, prompt, n: 3, max_new_tokens: 60, ..GenerateRequest::default() })
-            .collect();
-        let options = GenerateOptions { logprobs: true, slots: 4, ..GenerateOptions::default() };
-        let mut samples = Vec::new();
-        generate(&mut *model, &requests, &SamplingParams::default(), &options, &mut |done| {
-            let prompt = &requests[done.id as usize].prompt;
-            samples.push(Sample {
-                ids: [prompt.as_slice(), &done.tokens].concat(),
-                prompt_len: prompt.len(),
-                advantage: 1.0,
-                recorded: Some(done.logprobs),
-                ..Sample::default()
-            });
-            ControlFlow::Continue(())
-        })
-        .unwrap();
-        let spec = ObjectiveSpec { distill: None, ..ObjectiveSpec::default() };
-        let mut loss = PolicyLoss::new(&spec, &samples, Normaliser::of(&spec, &samples, 1.0), None).unwrap();
-        let (batch, positions) = loss.batch().unwrap();
-        model.forward_backward(&batch, &positions, &mut loss).unwrap();
-        let mismatch = loss.into_report().mismatch;
+        let (_, mismatch) = super::format_tests::mismatch(&mut *model);
         assert_eq!(mismatch.count, 9 * 60);
         assert!(mismatch.max < 1e-4 && mismatch.max > 0.0, "{mismatch:?}");
     }
