@@ -69,14 +69,14 @@ awk -F '\t' -v over="$over_percent" -v part="$wanted" '
   /^#/ { next }
   {
     seen[$1] = 1
-    if (!($1 in before)) { printf "%-42s %14d  new\n", $1, $2; bad++; next }
+    if (!($1 in before)) { printf "%12d      new  %s\n", $2, $1; bad++; next }
     change = 100 * ($2 / before[$1] - 1)
-    word = change > over ? "  WORSE" : change < -over ? "  better" : ""
+    word = change > over ? ": WORSE" : change < -over ? ": better" : ""
     if (change > over) bad++
-    printf "%-42s %14d %+7.2f %%%s\n", $1, $2, change, word
+    printf "%12d %+6.2f %%  %s%s\n", $2, change, $1, word
   }
   END {
-    for (kernel in before) if (!(kernel in seen) && index(kernel, part)) { printf "%-42s %14s  gone\n", kernel, "-"; bad++ }
+    for (kernel in before) if (!(kernel in seen) && index(kernel, part)) { printf "%12s     gone  %s\n", "-", kernel; bad++ }
     if (other) { print "counts of another instruction set cannot be compared"; exit 2 }
     if (bad) { printf "%d kernel(s) are over %d %% worse, new or gone; if that is meant: benchmarks/instructions.sh --write\n", bad, over; exit 1 }
     print "no kernel is over " over " % worse"

@@ -49,18 +49,35 @@ part "simulator, $seeds seeds" env COSMOS_SIM_SEEDS="$seeds" "${test[@]}" -p cos
 part "other ignored tests" "${test[@]}" --workspace --tests --exclude cosmos-plugin --exclude cosmos-parallel \
     --exclude cosmos-engine -- --ignored --skip faults_processes
 
-# Slurm's own daemons, for which this must be root on a machine that has them; with neither it is left out by name.
-if [[ "slurm" == *"$filter"* ]]; then
-    if ((EUID != 0)) || ! command -v slurmctld slurmd munged >/dev/null; then
-        echo "left out: slurm (needs root, and apt-get install slurm-wlm munge)"
-    else
-        started=$SECONDS result=passed
-        printf '== slurm\n'
-        bash tests/slurm/run.sh "${CARGO_TARGET_DIR:-target}/release/cosmos-host" >"$logs/slurm.log" 2>&1 || result=FAILED
-        [[ $result == passed ]] || grep -A 20 '^FAILED' "$logs/slurm.log" | head -30
-        names+=("slurm") results+=("$result") counts+=("$(grep -c '^  ok' "$logs/slurm.log")") seconds+=($((SECONDS - started)))
+# script NAME OK NEEDS COMMAND…: a part that is no cargo test. It passes if the command ends well and prints at least one
+# line that matches OK. Where a program of NEEDS is missing it is left out by name.
+script() {
+    local name="$1" ok="$2" needs="$3" started=$SECONDS log result=passed program
+    shift 3
+    [[ "$name" == *"$filter"* ]] || return 0
+    for program in $needs; do
+        command -v "$program" >/dev/null || { echo "left out: $name (\`$program\` is missing)"; return 0; }
+    done
+    log="$logs/${name//[^a-z0-9]/-}.log"
+    printf '== %s\n' "$name"
+    if ! "$@" >"$log" 2>&1; then
+        result=FAILED
+        grep -E -A 20 '^(FAILED|error)|WORSE|panicked at|^test .*FAILED' "$log" | head -30
     fi
+    local passed
+    passed="$(grep -c -E "$ok" "$log")"
+    if [[ $result == passed && $passed == 0 ]]; then result="FAILED (no test ran)"; fi
+    names+=("$name") results+=("$result") counts+=("$passed") seconds+=($((SECONDS - started)))
+}
+
+# Slurm's own daemons, which want root.
+if ((EUID == 0)); then
+    script "slurm" '^  ok' "slurmctld slurmd munged" bash tests/slurm/run.sh "${CARGO_TARGET_DIR:-target}/release/cosmos-host"
+elif [[ slurm == *"$filter"* ]]; then
+    echo "left out: slurm (must be root)"
 fi
+script "kernels on arm64" '^test .* ok$' "qemu-aarch64-static aarch64-linux-gnu-gcc" bash tests/arm64.sh
+script "instructions of each kernel" ' %  ' valgrind bash benchmarks/instructions.sh
 
 failed=0
 printf '\n%-32s %-22s %6s %8s\n' part result tests seconds

@@ -190,7 +190,7 @@ fn attentions(cases: &mut Vec<Case>) {
             move || attention::backward(isa, heads, b, t, &qkv, &sums, &out, &mut dqkv)
         }));
     }
-    let (len, repeats) = (256, 100);
+    let (len, repeats) = (256, 50);
     let count = len / PAGE_TOKENS;
     let (flops, bytes) = (4 * len * heads.width(), count * Page::bytes(heads));
     cases.push(case(format!("{repeats} × one token over {len}"), repeats * flops, repeats * bytes, move |isa| {
