@@ -9,7 +9,7 @@ use std::sync::{Mutex, RwLock};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use crate::block::{BackwardTile, BlockEngine, DecodeRow};
+use crate::block::{Ahead, BackwardTile, BlockEngine, DecodeRow};
 use crate::model::{Model, ModelConfig};
 use crate::rope::{self, Rope};
 use crate::walker::Transformer;
@@ -368,6 +368,7 @@ impl BlockEngine for BurnEngine {
         kv: &mut [HostKv],
         rows: &[DecodeRow],
         x: Tensor<2>,
+        _ahead: Ahead<'_, Self>,
     ) -> Result<Tensor<2>> {
         let [padded, _] = x.dims();
         let mut positions: Vec<usize> = rows.iter().map(|row| row.position).collect();

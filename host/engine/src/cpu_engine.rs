@@ -12,11 +12,11 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use cosmos_kernels::gemm::{Left, Right, Shape, gemm};
 use cosmos_kernels::page::{Page, attend};
-use cosmos_kernels::{Isa, rows, threads};
+use cosmos_kernels::{Isa, ahead, rows, threads};
 use cosmos_parallel::RankGroups;
 use rayon::prelude::*;
 
-use crate::block::{BackwardTile, BlockEngine, DecodeRow};
+use crate::block::{Ahead, BackwardTile, BlockEngine, DecodeRow};
 use crate::model::{Model, ModelConfig, ParamSpec, WeightFormat};
 use crate::rope::Rope;
 use crate::sharded::cut::TpPart;
@@ -49,6 +49,11 @@ const HEAD_BYTES_MAX: usize = 64 << 20;
 const KV_SHARE: f64 = 0.5;
 /// Taken as available where the system does not say.
 const MEMORY_BYTES_ASSUMED: usize = 8 << 30;
+/// Single tokens of as many sequences that a thread takes through a block together: so many that their products make use of
+/// the weights that they read, so few that keys and values fetched for them meanwhile are still in a cache when they are used.
+const STEP_ROWS: usize = 32;
+/// Tokens of prompts that a thread takes through a block together: their activations stay in the second cache.
+const PROMPT_ROWS: usize = 128;
 /// Single tokens are spread over the threads when they read more than this many numbers.
 const ATTEND_SPREAD: usize = 1 << 18;
 
@@ -506,25 +511,66 @@ impl BlockEngine for CpuEngine {
         rows
     }
 
+    fn decode_group(&self, single: bool) -> usize {
+        match (single, threads::available() > 1) {
+            (true, _) => STEP_ROWS,
+            (false, false) => PROMPT_ROWS,
+            // Its kernels spread over the threads, which wants many rows.
+            (false, true) => TILE_TOKENS,
+        }
+    }
+
     fn block_decode(
         &self,
         block: &CpuBlock,
         kv: &mut [Cache],
         rows: &[DecodeRow],
         x: Arc<Buffer>,
+        ahead: Ahead<'_, Self>,
     ) -> Result<Arc<Buffer>> {
-        thread_local! {
-            /// Held while one token is attended to, which stays on its thread.
-            static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-        }
         let run = self.run(block.weights());
+        let qkv = self.append(&run, kv, rows, &x)?;
+        self.decode(&run, kv, rows, &qkv, &x, ahead)
+    }
+
+    fn block_decode_last(
+        &self,
+        block: &CpuBlock,
+        kv: &mut [Cache],
+        rows: &[DecodeRow],
+        wanted: Vec<u32>,
+        x: Arc<Buffer>,
+        ahead: Ahead<'_, Self>,
+    ) -> Result<(Arc<Buffer>, Vec<u32>)> {
+        let run = self.run(block.weights());
+        let qkv = self.append(&run, kv, rows, &x)?;
+        if wanted.len() == rows.len() {
+            return Ok((self.decode(&run, kv, rows, &qkv, &x, ahead)?, wanted));
+        }
+        let own: Vec<DecodeRow> = wanted.iter().map(|row| rows[*row as usize]).collect();
+        let (qkv, x) = (pick(&qkv, &wanted, self.layout.heads.row()), pick(&x, &wanted, self.layout.hidden));
+        Ok((self.decode(&run, kv, &own, &qkv, &x, ahead)?, (0..wanted.len() as u32).collect()))
+    }
+}
+
+/// The rows `wanted` of some that are `width` wide.
+fn pick(rows: &[f32], wanted: &[u32], width: usize) -> Buffer {
+    let mut own = Buffer::dirty(wanted.len() * width);
+    for (own, row) in own.chunks_exact_mut(width).zip(wanted) {
+        own.copy_from_slice(&rows[*row as usize * width..][..width]);
+    }
+    own
+}
+
+impl CpuEngine {
+    /// Queries, keys and values of single tokens, the latter appended to the caches.
+    fn append(&self, run: &Run<'_>, kv: &mut [Cache], rows: &[DecodeRow], x: &[f32]) -> Result<Buffer> {
         let heads = self.layout.heads;
-        let (row_width, width) = (heads.row(), heads.width());
         let longest = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
         let turns = self.geometry(longest);
-        let raw = run.project(run.weights.qkv, &run.norm(&x, run.weights.input_norm));
+        let raw = run.project(run.weights.qkv, &run.norm(x, run.weights.input_norm));
         let qkv = run.turned(&raw, &turns, |index| rows[index].position);
-        for (row, qkv) in rows.iter().zip(qkv.chunks_exact(row_width)) {
+        for (row, qkv) in rows.iter().zip(qkv.chunks_exact(heads.row())) {
             let kv = &mut kv[row.slot];
             if kv.len() != row.position {
                 return Err(EngineError::invalid(
@@ -532,10 +578,28 @@ impl BlockEngine for CpuEngine {
                     "",
                 ));
             }
-            let (keys, values) = qkv[width..].split_at(heads.kv_heads * heads.dim);
+            let (keys, values) = qkv[heads.width()..].split_at(heads.kv_heads * heads.dim);
             kv.push(keys, values)?;
         }
-        let kv = &*kv;
+        Ok(qkv)
+    }
+
+    /// The rest of a block over single tokens, whose keys and values the caches hold.
+    fn decode(
+        &self,
+        run: &Run<'_>,
+        kv: &[Cache],
+        rows: &[DecodeRow],
+        qkv: &[f32],
+        x: &[f32],
+        ahead: Ahead<'_, Self>,
+    ) -> Result<Arc<Buffer>> {
+        thread_local! {
+            /// Held while one token is attended to, which stays on its thread.
+            static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+        }
+        let heads = self.layout.heads;
+        let (row_width, width) = (heads.row(), heads.width());
         let mut mixed = Buffer::dirty(rows.len() * width);
         let read: usize = rows.iter().map(|row| row.position).sum::<usize>() * width;
         let each = rows.len().div_ceil(8 * self.lanes()).max(1);
@@ -553,7 +617,9 @@ impl BlockEngine for CpuEngine {
                 });
             }
         });
-        let z = run.add_projected(run.weights.o, &mixed, &x)?;
+        let coming = ahead.kv.unwrap_or(kv);
+        ahead::fetch(ahead.rows.iter().flat_map(|row| coming[row.slot].pages()).flat_map(Page::numbers));
+        let z = run.add_projected(run.weights.o, &mixed, x)?;
         Ok(Arc::new(run.finish(&z, &run.gate_up(&z))?))
     }
 }

@@ -287,15 +287,28 @@ pub trait Decoder {
     fn prefill(&mut self, entries: &[Prefill<'_>]) -> Result<Vec<f32>>;
     /// Appends one token to each listed slot; the logits that follow, `[entries, vocab]`, in the order given.
     fn step(&mut self, entries: &[(usize, u32)]) -> Result<Vec<f32>>;
-    /// As [`Decoder::step`], but each row of logits is only shown, with the index of its entry, where it was computed:
-    /// several at a time on as many threads, while the numbers are still near the core.
-    fn step_each(&mut self, entries: &[(usize, u32)], see: &(dyn Fn(usize, &[f32]) + Sync)) -> Result<()> {
-        let logits_rv = self.step(entries)?;
-        if !entries.is_empty() {
-            let rows = logits_rv.par_chunks_exact((logits_rv.len() / entries.len()).max(1));
-            rows.enumerate().for_each(|(index, logits_v)| see(index, logits_v));
+    /// Appends the given tokens, one to a slot, and then those that `next` chooses, up to `steps` for each entry. `next` is
+    /// shown the index of an entry and the logits that follow its last token, where they were computed: several at a time on
+    /// as many threads, which need not wait for each other between steps. None ends the entry, whose slot stays as it is.
+    fn run_each(
+        &mut self,
+        entries: &[(usize, u32)],
+        steps: usize,
+        next: &(dyn Fn(usize, &[f32]) -> Option<u32> + Sync),
+    ) -> Result<()> {
+        let mut running: Vec<(usize, (usize, u32))> = entries.iter().copied().enumerate().collect();
+        for _ in 0..steps {
+            if running.is_empty() {
+                break;
+            }
+            let tokens: Vec<(usize, u32)> = running.iter().map(|(_, entry)| *entry).collect();
+            let logits_rv = self.step(&tokens)?;
+            let rows = logits_rv.par_chunks_exact((logits_rv.len() / tokens.len()).max(1));
+            running = (running.par_iter().zip(rows))
+                .filter_map(|((index, (slot, _)), logits_v)| Some((*index, (*slot, next(*index, logits_v)?))))
+                .collect();
+            self.recycle(logits_rv);
         }
-        self.recycle(logits_rv);
         Ok(())
     }
     /// Frees a slot.

@@ -12,6 +12,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::Isa;
+use crate::ahead::{self, LINE};
 use crate::isa::Kind;
 use crate::simd::{Simd, dispatched};
 use crate::threads;
@@ -84,6 +85,8 @@ pub(crate) struct Tile {
     add: bool,
     /// What is wanted soon after this tile, asked for line by line while it runs.
     next: *const f32,
+    /// As `next`, for what is computed after the product.
+    ahead: *const f32,
 }
 
 /// # Safety
@@ -93,7 +96,7 @@ pub(crate) struct Tile {
 pub(crate) unsafe fn micro_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(s: S, tile: &Tile) {
     let width = 2 * S::LANES;
     let mut sums = [[s.splat(0.0); VECTORS]; ROWS];
-    let (mut a, mut b, mut next) = (tile.a, tile.b, tile.next);
+    let (mut a, mut b, mut next, mut ahead) = (tile.a, tile.b, tile.next, tile.ahead);
     for i in 0..ROWS {
         // C is read or written only at the end, and comes from memory: it is asked for now.
         let c = tile.c.wrapping_add(i * tile.c_stride);
@@ -103,7 +106,8 @@ pub(crate) unsafe fn micro_tile<S: Simd, const ROWS: usize, const VECTORS: usize
     }
     for _ in 0..tile.k {
         s.prefetch_far(next);
-        next = next.wrapping_add(S::LANES);
+        s.prefetch_far(ahead);
+        (next, ahead) = (next.wrapping_add(S::LANES), ahead.wrapping_add(LINE));
         let mut row = [s.splat(0.0); VECTORS];
         for (j, b_j) in row.iter_mut().enumerate() {
             // SAFETY: row `k` of panel j / 2 lies within what the caller promised.
@@ -474,6 +478,8 @@ fn pass<S: Simd>(
                     add: job.add || depth.start > 0,
                     // The first two tiles of a panel ask for a half of the next one each.
                     next: if index < 2 { next_panel.wrapping_add(index * k * S::LANES) } else { a.as_ptr() },
+                    // Where there is nothing, what is near anyway.
+                    ahead: ahead::take(k).unwrap_or(a.as_ptr()),
                 };
                 // SAFETY: `a` holds `count` rows of this block. The panels are there: parts are whole groups of panels,
                 // and so are packed matrices and the copies. C was checked, and no other part has these rows and panels.

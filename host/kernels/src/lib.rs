@@ -5,6 +5,7 @@
 //!
 //! Must not know: models, weights' names, anything but slices of numbers.
 
+pub mod ahead;
 pub mod attention;
 pub mod gemm;
 pub mod isa;

@@ -39,6 +39,11 @@ impl Page {
         self.values.copy_from_slice(&other.values);
     }
 
+    /// Everything that it holds.
+    pub fn numbers(&self) -> [&[f32]; 2] {
+        [&self.keys, &self.values]
+    }
+
     /// Puts a token's keys and values, `[kv heads · dim]` each, into place `token`.
     pub fn put(&mut self, heads: Heads, token: usize, keys: &[f32], values: &[f32]) {
         let dim = heads.dim;

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use rayon::prelude::*;
@@ -17,6 +17,10 @@ use crate::{EngineError, Result};
 const PREFILL_TOKENS_MAX: usize = 8192;
 /// What a sequence's memory may hold beyond its tokens: caches grow in pages, and a shared page is copied by its writers.
 const SLACK_TOKENS: usize = 64;
+
+/// Steps that slots go on by themselves when no completion waits for one of them, and when one does: what ends before, idles.
+const STEPS_ALONE: usize = 32;
+const STEPS_AWAITED: usize = 4;
 
 /// A prompt to complete.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -131,6 +135,16 @@ struct Active<'a> {
     /// Distinct tokens so far, when the sampler wants them, and which they are.
     seen: Vec<u32>,
     is_seen: Vec<bool>,
+    state: State,
+}
+
+/// How far a sequence is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Running,
+    Ended(FinishReason),
+    /// Its logits were not finite.
+    Broken,
 }
 
 /// What one row of logits led to.
@@ -153,7 +167,7 @@ pub fn generate(
     options: &GenerateOptions,
     done: &mut dyn FnMut(Generated) -> ControlFlow<()>,
 ) -> Result<GenerateStats> {
-    generate_streaming(model, requests, params, options, &mut |_, _| {}, done)
+    generate_with(model, requests, params, options, false, &mut |_, _| {}, done)
 }
 
 /// As [`generate`], and `token` sees every token (request id, token) as soon as it is chosen.
@@ -165,6 +179,18 @@ pub fn generate_streaming(
     requests: &[GenerateRequest],
     params: &SamplingParams,
     options: &GenerateOptions,
+    token: &mut dyn FnMut(u64, u32),
+    done: &mut dyn FnMut(Generated) -> ControlFlow<()>,
+) -> Result<GenerateStats> {
+    generate_with(model, requests, params, options, true, token, done)
+}
+
+fn generate_with(
+    model: &mut dyn Model,
+    requests: &[GenerateRequest],
+    params: &SamplingParams,
+    options: &GenerateOptions,
+    watched: bool,
     token: &mut dyn FnMut(u64, u32),
     done: &mut dyn FnMut(Generated) -> ControlFlow<()>,
 ) -> Result<GenerateStats> {
@@ -195,6 +221,7 @@ pub fn generate_streaming(
         waiting: requests.iter().flat_map(|r| (r.n > 0).then_some((r, 0))).collect(),
         stats: GenerateStats::default(),
         token,
+        watched,
     };
     run.all(done)?;
     Ok(GenerateStats { seconds: started.elapsed().as_secs_f64(), ..run.stats })
@@ -265,8 +292,10 @@ struct Run<'a, 'm> {
     /// Requests and the next completion of each.
     waiting: VecDeque<(&'a GenerateRequest, usize)>,
     stats: GenerateStats,
-    /// Sees every token as it is chosen.
+    /// Sees every token.
     token: &'a mut dyn FnMut(u64, u32),
+    /// Whether it must see them at once.
+    watched: bool,
 }
 
 impl<'a> Run<'a, '_> {
@@ -275,30 +304,48 @@ impl<'a> Run<'a, '_> {
             if self.fill(done)?.is_break() {
                 return Ok(());
             }
-            let entries: Vec<(usize, u32)> = self
-                .active
-                .iter()
-                .enumerate()
-                .filter_map(|(slot, a)| Some((slot, *a.as_ref()?.out.tokens.last()?)))
-                .collect();
+            let steps = self.steps();
+            let mut slots = Vec::new();
+            let (mut entries, mut rows) = (Vec::new(), Vec::new());
+            for (slot, active) in self.active.iter_mut().enumerate() {
+                let Some(active) = active else { continue };
+                let Some(last) = active.out.tokens.last() else { continue };
+                slots.push((slot, active.out.tokens.len()));
+                entries.push((slot, *last));
+                rows.push(Mutex::new(active));
+            }
             if entries.is_empty() {
                 return Ok(());
             }
-            let slots: Vec<usize> = entries.iter().map(|e| e.0).collect();
-            let choices: Vec<OnceLock<Choice>> = slots.iter().map(|_| OnceLock::new()).collect();
-            let (active, sampler, options) = (&self.active, self.sampler, self.options);
-            self.decoder.step_each(&entries, &|index, logits_v| {
-                let choice = active[slots[index]].as_ref().and_then(|a| choose(a, logits_v, sampler, options));
-                // Each row comes once.
-                choice.into_iter().for_each(|choice| _ = choices[index].set(choice));
+            let (sampler, options) = (self.sampler, self.options);
+            self.decoder.run_each(&entries, steps, &|index, logits_v| {
+                // Nobody else wants this row.
+                rows[index].lock().unwrap_or_else(PoisonError::into_inner).go_on(logits_v, sampler, options)
             })?;
-            self.stats.steps += 1;
-            self.stats.row_steps += entries.len();
-            let choices = choices.into_iter().map(OnceLock::into_inner).collect();
-            if self.advance(&slots, choices, done)?.is_break() {
+            drop(rows);
+            let made = |(slot, before): &(usize, usize)| {
+                self.active[*slot].as_ref().map_or(0, |active| active.out.tokens.len() - before)
+            };
+            let made: Vec<usize> = slots.iter().map(made).collect();
+            self.stats.steps += made.iter().copied().max().unwrap_or(0);
+            self.stats.row_steps += made.iter().sum::<usize>();
+            if self.settle(&slots, done)?.is_break() {
                 return Ok(());
             }
         }
+    }
+
+    /// Steps to the next look at what has ended: one where somebody watches every token.
+    fn steps(&self) -> usize {
+        if self.watched {
+            return 1;
+        }
+        if self.waiting.is_empty() {
+            return STEPS_ALONE;
+        }
+        // Until the first of them must end, whose slot is wanted; a stop id may end it sooner.
+        let left = |active: &Active<'_>| active.request.max_new_tokens.saturating_sub(active.out.tokens.len());
+        self.active.iter().flatten().map(left).min().unwrap_or(1).clamp(1, STEPS_AWAITED)
     }
 
     /// Prefills waiting requests into free slots until none waits or none is worth filling.
@@ -319,16 +366,19 @@ impl<'a> Run<'a, '_> {
                     "",
                 ));
             }
-            let rows = entries.iter().zip(logits_rv.chunks_exact(vocab));
-            let rows: Vec<(usize, &[f32])> =
-                rows.flat_map(|(e, logits_v)| e.slots.iter().map(move |slot| (*slot, logits_v))).collect();
-            let (active, sampler, options) = (&self.active, self.sampler, self.options);
-            let choices = rows
-                .par_iter()
-                .map(|(slot, logits_v)| choose(active[*slot].as_ref()?, logits_v, sampler, options))
-                .collect();
-            let slots: Vec<usize> = rows.iter().map(|row| row.0).collect();
-            if self.advance(&slots, choices, done)?.is_break() {
+            let mut rows: Vec<Option<&[f32]>> = vec![None; self.active.len()];
+            for (entry, logits_v) in entries.iter().zip(logits_rv.chunks_exact(vocab)) {
+                entry.slots.iter().for_each(|slot| rows[*slot] = Some(logits_v));
+            }
+            let (sampler, options) = (self.sampler, self.options);
+            self.active.par_iter_mut().zip(&rows).for_each(|(active, logits_v)| {
+                if let (Some(active), Some(logits_v)) = (active, logits_v) {
+                    active.go_on(logits_v, sampler, options);
+                }
+            });
+            let slots: Vec<(usize, usize)> =
+                entries.iter().flat_map(|e| e.slots.iter().map(|slot| (*slot, 0))).collect();
+            if self.settle(&slots, done)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
         }
@@ -387,7 +437,7 @@ impl<'a> Run<'a, '_> {
             candidate_ids: Vec::new(),
             candidate_logprobs: Vec::new(),
         };
-        let mut active = Active { request, out, seen: Vec::new(), is_seen: Vec::new() };
+        let mut active = Active { request, out, seen: Vec::new(), is_seen: Vec::new(), state: State::Running };
         if self.sampler.penalizes() {
             active.is_seen = vec![false; self.vocab];
             request.prompt.iter().for_each(|&id| active.saw(id));
@@ -395,31 +445,38 @@ impl<'a> Run<'a, '_> {
         active
     }
 
-    /// Gives each slot its next token and takes finished sequences out. No choice: the logits were not finite.
-    fn advance(
+    /// Looks at slots that have gone on, each with the tokens that it had before, and takes out finished sequences in the
+    /// order in which they ended.
+    fn settle(
         &mut self,
-        slots: &[usize],
-        choices: Vec<Option<Choice>>,
+        slots: &[(usize, usize)],
         done: &mut dyn FnMut(Generated) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>> {
-        self.stats.completion_tokens += slots.len();
-        for (&slot, choice) in slots.iter().zip(choices) {
-            let Some(active) = self.active[slot].as_mut() else { continue };
-            let Some(choice) = choice else {
-                let (id, at) = (active.request.id, active.out.tokens.len());
-                return Err(EngineError::invalid(
-                    format!("request {id}: the logits of completion token {at} are not finite"),
-                    "the model's weights hold NaN or infinite values, or overflow",
-                ));
-            };
-            (self.token)(active.request.id, choice.token);
-            if let Some(finish) = active.take(choice, self.options) {
-                self.decoder.release(slot);
-                if let Some(mut ended) = self.active[slot].take() {
-                    ended.out.finish = finish;
-                    if done(ended.out).is_break() {
-                        return Ok(ControlFlow::Break(()));
-                    }
+        let mut ended = Vec::new();
+        for &(slot, before) in slots {
+            let Some(active) = self.active[slot].as_ref() else { continue };
+            let (id, made) = (active.request.id, &active.out.tokens[before..]);
+            self.stats.completion_tokens += made.len();
+            made.iter().for_each(|made| (self.token)(id, *made));
+            match active.state {
+                State::Running => {}
+                State::Ended(finish) => ended.push((made.len(), slot, finish)),
+                State::Broken => {
+                    let at = active.out.tokens.len();
+                    return Err(EngineError::invalid(
+                        format!("request {id}: the logits of completion token {at} are not finite"),
+                        "the model's weights hold NaN or infinite values, or overflow",
+                    ));
+                }
+            }
+        }
+        ended.sort_by_key(|(made, ..)| *made);
+        for (_, slot, finish) in ended {
+            self.decoder.release(slot);
+            if let Some(mut ended) = self.active[slot].take() {
+                ended.out.finish = finish;
+                if done(ended.out).is_break() {
+                    return Ok(ControlFlow::Break(()));
                 }
             }
         }
@@ -432,6 +489,22 @@ impl Active<'_> {
         if let Some(seen) = self.is_seen.get_mut(id as usize).filter(|seen| !**seen) {
             *seen = true;
             self.seen.push(id);
+        }
+    }
+
+    /// Chooses the next token from its logits and appends it. None: it was the last, or none can be chosen.
+    fn go_on(&mut self, logits_v: &[f32], sampler: &Sampler, options: &GenerateOptions) -> Option<u32> {
+        let Some(choice) = choose(self, logits_v, sampler, options) else {
+            self.state = State::Broken;
+            return None;
+        };
+        let token = choice.token;
+        match self.take(choice, options) {
+            Some(finish) => {
+                self.state = State::Ended(finish);
+                None
+            }
+            None => Some(token),
         }
     }
 

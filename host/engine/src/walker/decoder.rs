@@ -2,13 +2,13 @@
 //! A token's result depends on its own slot's cache only, never on what else is computed beside it.
 
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use cosmos_kernels::threads;
 
 use super::Transformer;
 use super::tile::check_ids;
-use crate::block::{BlockEngine, DecodeRow};
+use crate::block::{Ahead, BlockEngine, DecodeRow};
 use crate::model::{Decoder, Model, Prefill};
 use crate::{EngineError, Result};
 
@@ -74,7 +74,7 @@ impl<'a, E: BlockEngine> TransformerDecoder<'a, E> {
     /// Appends `tokens`, sorted by slot and place, and returns the logits of those that have a target, in the order of the
     /// targets.
     fn append(&mut self, tokens: &[Token], targets: usize) -> Result<Vec<f32>> {
-        let logits_rv = self.walk(tokens, targets, &|_, _| ())?;
+        let logits_rv = self.walk(tokens, targets, 1, &|_, _| None)?;
         // A step names its slots in order, mostly.
         if tokens.iter().filter_map(|t| t.target).eq(0..targets) {
             return Ok(logits_rv);
@@ -89,44 +89,44 @@ impl<'a, E: BlockEngine> TransformerDecoder<'a, E> {
         Ok(ordered_rv)
     }
 
-    /// Appends `tokens`, sorted by slot and place, shows the logits of each that has a target to `see`, and returns them in
+    /// Appends `tokens`, sorted by slot and place, shows the logits of each that has a target to `next`, and goes on with the
+    /// tokens that it chooses for `steps` steps in all. Returns the logits of the last step, and if that was the only one, in
     /// the order of the tokens.
-    fn walk(&mut self, tokens: &[Token], targets: usize, see: &Seeing<'_>) -> Result<Vec<f32>> {
+    fn walk(&mut self, tokens: &[Token], targets: usize, steps: usize, next: &Next<'_>) -> Result<Vec<f32>> {
         let vocab = self.model.config().vocab_size;
         // Every number is overwritten, so the old ones may stay.
         let mut logits_rv = self.spare();
         logits_rv.resize(targets * vocab, 0.0);
         let lanes = cut_lanes(tokens, self.model.decoding().0.lanes());
-        let mut kv: Vec<&mut [E::Kv]> = self.kv.iter_mut().map(Vec::as_mut_slice).collect();
-        let mut rest_rv = logits_rv.as_mut_slice();
-        let mut slots_before = 0;
+        let mut rest_kv: Vec<&mut [E::Kv]> = self.kv.iter_mut().map(Vec::as_mut_slice).collect();
+        let (mut rest_rv, mut rest_lens) = (logits_rv.as_mut_slice(), self.lens.as_mut_slice());
+        let mut first_slot = 0;
         let mut work = Vec::with_capacity(lanes.len());
         for lane in lanes {
             let tokens = &tokens[lane];
-            let slots_end = tokens.last().map_or(slots_before, |t| t.row.slot + 1);
-            let mut caches = Vec::with_capacity(kv.len());
-            for kv in &mut kv {
-                let (head, tail) = std::mem::take(kv).split_at_mut(slots_end - slots_before);
-                caches.push(head);
-                *kv = tail;
-            }
+            let slots_end = tokens.last().map_or(first_slot, |t| t.row.slot + 1);
+            let slots = slots_end - first_slot;
             let wanted = tokens.iter().filter(|t| t.target.is_some()).count();
-            let (own_rv, tail) = std::mem::take(&mut rest_rv).split_at_mut(wanted * vocab);
-            rest_rv = tail;
-            work.push(Mutex::new((tokens, slots_before, caches, own_rv)));
-            slots_before = slots_end;
+            let of_lane = |token: &Token| {
+                let row = DecodeRow { slot: token.row.slot - first_slot, ..token.row };
+                Token { row, ..*token }
+            };
+            work.push(Mutex::new(Lane {
+                tokens: tokens.iter().map(of_lane).collect(),
+                caches: rest_kv.iter_mut().map(|kv| kv.split_off_mut(..slots).unwrap_or_default()).collect(),
+                lens: rest_lens.split_off_mut(..slots).unwrap_or_default(),
+                capacity: self.capacity,
+                logits_rv: rest_rv.split_off_mut(..wanted * vocab).unwrap_or_default(),
+            }));
+            first_slot = slots_end;
         }
         let model = &*self.model;
         let found = model.decoding().0.run_lanes(work.len(), &|lane| {
-            let mut work = work[lane].lock().map_err(|_| EngineError::invalid("a decoding thread panicked", ""))?;
-            let (tokens, first_slot, caches, logits_rv) = &mut *work;
-            run(model, tokens, *first_slot, caches, logits_rv, see)
+            let mut lane = work[lane].lock().map_err(|_| EngineError::invalid("a decoding thread panicked", ""))?;
+            lane.run(model, steps, next)
         });
         drop(work);
         found.into_iter().collect::<Result<()>>()?;
-        for token in tokens {
-            self.lens[token.row.slot] = token.row.position + 1;
-        }
         Ok(logits_rv)
     }
 }
@@ -150,40 +150,107 @@ fn cut_lanes(tokens: &[Token], lanes: usize) -> Vec<Range<usize>> {
     cuts
 }
 
-/// Sees the logits of a target.
-type Seeing<'a> = dyn Fn(usize, &[f32]) + Sync + 'a;
+/// Chooses the token that follows a target, from its logits; none ends its sequence.
+type Next<'a> = dyn Fn(usize, &[f32]) -> Option<u32> + Sync + 'a;
 
-/// Walks the blocks for one lane's tokens; `caches[layer]` starts at slot `first_slot`. `logits_rv` gets those of the tokens
-/// with a target, in the tokens' order, and `see` is shown each.
-fn run<E: BlockEngine>(
-    model: &Transformer<E>,
-    tokens: &[Token],
-    first_slot: usize,
-    caches: &mut [&mut [E::Kv]],
-    logits_rv: &mut [f32],
-    see: &Seeing<'_>,
-) -> Result<()> {
-    let (engine, device) = model.decoding();
-    let rows: Vec<DecodeRow> = tokens.iter().map(|t| DecodeRow { slot: t.row.slot - first_slot, ..t.row }).collect();
-    let mut ids: Vec<u32> = tokens.iter().map(|t| t.id).collect();
-    ids.resize(engine.decode_rows(ids.len()), 0);
-    let mut x = engine.embed(&device.embed, &model.groups[0], &ids)?;
-    for (block, kv) in device.blocks.iter().zip(caches) {
-        x = engine.block_decode(block, kv, &rows, x)?;
+/// The slots of some tokens, numbered from 0, and everything that their decoding writes to: no two lanes share any of it.
+struct Lane<'a, E: BlockEngine> {
+    tokens: Vec<Token>,
+    /// `[layer][slot]`.
+    caches: Vec<&'a mut [E::Kv]>,
+    /// Of the slots.
+    lens: &'a mut [usize],
+    capacity: usize,
+    /// Of the tokens with a target, in the tokens' order.
+    logits_rv: &'a mut [f32],
+}
+
+impl<E: BlockEngine> Lane<'_, E> {
+    /// Computes the lane's tokens, then those that `next` chooses, for `steps` steps in all.
+    fn run(&mut self, model: &Transformer<E>, steps: usize, next: &Next<'_>) -> Result<()> {
+        for step in 1..=steps {
+            self.step(model)?;
+            let vocab = model.config().vocab_size;
+            let shown: Vec<&Token> = self.tokens.iter().filter(|t| t.target.is_some()).collect();
+            let chosen: Vec<OnceLock<u32>> = shown.iter().map(|_| OnceLock::new()).collect();
+            threads::each(shown.len(), true, |row| {
+                let logits_v = &self.logits_rv[row * vocab..(row + 1) * vocab];
+                let found = shown[row].target.and_then(|target| next(target, logits_v));
+                // Each row comes once.
+                found.into_iter().for_each(|id| _ = chosen[row].set(id));
+            });
+            let follow = |(token, id): (&&Token, &OnceLock<u32>)| {
+                let row = DecodeRow { position: token.row.position + 1, ..token.row };
+                Some(Token { row, id: *id.get()?, target: token.target })
+            };
+            let following: Vec<Token> = shown.iter().zip(&chosen).filter_map(follow).collect();
+            if step == steps || following.is_empty() {
+                break;
+            }
+            self.tokens = following;
+        }
+        Ok(())
     }
-    let mut wanted: Vec<u32> =
-        tokens.iter().enumerate().filter(|(_, t)| t.target.is_some()).map(|(row, _)| row as u32).collect();
-    let count = wanted.len();
-    if count == 0 {
-        return Ok(());
+
+    /// Walks the blocks for the tokens.
+    fn step(&mut self, model: &Transformer<E>) -> Result<()> {
+        let (engine, device) = model.decoding();
+        if let Some(full) = self.tokens.iter().find(|t| t.row.position >= self.capacity) {
+            return Err(EngineError::invalid(format!("a slot is full with {} tokens", full.row.position), ""));
+        }
+        let rows: Vec<DecodeRow> = self.tokens.iter().map(|t| t.row).collect();
+        // Single tokens need what their caches hold soon; those of a prompt read what is written meanwhile.
+        let single = rows.windows(2).all(|pair| pair[0].slot != pair[1].slot);
+        let size = engine.decode_group(single).min(rows.len()).max(1);
+        let groups: Vec<Range<usize>> = (0..rows.len()).step_by(size).map(|at| at..rows.len().min(at + size)).collect();
+        let mut x = Vec::with_capacity(groups.len());
+        for group in &groups {
+            let mut ids: Vec<u32> = self.tokens[group.clone()].iter().map(|t| t.id).collect();
+            check_ids(&ids, engine.config())?;
+            ids.resize(engine.decode_rows(ids.len()), 0);
+            x.push(engine.embed(&device.embed, &model.groups[0], &ids)?);
+        }
+        let mut hidden_rh = Vec::new();
+        for (layer, block) in device.blocks.iter().enumerate() {
+            let (before, rest) = self.caches.split_at_mut(layer);
+            let Some((kv, after)) = rest.split_first_mut() else { break };
+            // After the last block comes the first one of the next step.
+            let next_kv = after.first().or(before.first()).map(|kv| &**kv);
+            for (at, (group, x)) in groups.iter().zip(&mut x).enumerate() {
+                let ahead = match groups.get(at + 1) {
+                    _ if !single => Ahead { kv: None, rows: &[] },
+                    Some(next) => Ahead { kv: None, rows: &rows[next.clone()] },
+                    None => Ahead { kv: next_kv, rows: &rows[groups[0].clone()] },
+                };
+                let own = &rows[group.clone()];
+                if layer + 1 < device.blocks.len() {
+                    *x = engine.block_decode(block, kv, own, x.clone(), ahead)?;
+                    continue;
+                }
+                let tokens = (0..).zip(&self.tokens[group.clone()]);
+                let wanted: Vec<u32> = tokens.filter(|(_, t)| t.target.is_some()).map(|(row, _)| row).collect();
+                let count = wanted.len();
+                let (x, mut places) = engine.block_decode_last(block, kv, own, wanted, x.clone(), ahead)?;
+                if count > 0 {
+                    places.resize(engine.decode_rows(count), places[0]);
+                    let found_rh = engine.final_norm(&device.norm, x, &places)?;
+                    hidden_rh.extend_from_slice(&found_rh[..count * engine.config().hidden_size]);
+                }
+            }
+        }
+        for row in &rows {
+            self.lens[row.slot] = row.position + 1;
+        }
+        let (width, vocab) = (engine.config().hidden_size, engine.config().vocab_size);
+        let count = hidden_rh.len() / width;
+        if count == 0 {
+            return Ok(());
+        }
+        for _ in count..engine.decode_rows(count) {
+            hidden_rh.extend_from_within(..width);
+        }
+        engine.decode_head(device.head(), &hidden_rh, &mut self.logits_rv[..count * vocab])
     }
-    wanted.resize(engine.decode_rows(count), wanted[0]);
-    let hidden_rh = engine.final_norm(&device.norm, x, &wanted)?;
-    engine.decode_head(device.head(), &hidden_rh, logits_rv)?;
-    let targets: Vec<usize> = tokens.iter().filter_map(|t| t.target).collect();
-    let vocab = engine.config().vocab_size;
-    threads::each(count, true, |row| see(targets[row], &logits_rv[row * vocab..(row + 1) * vocab]));
-    Ok(())
 }
 
 impl<E: BlockEngine> Drop for TransformerDecoder<'_, E> {
@@ -243,6 +310,7 @@ impl<E: BlockEngine> Decoder for TransformerDecoder<'_, E> {
             for (target, row) in targets.iter().zip(found.chunks_exact(vocab)) {
                 logits[target * vocab..(target + 1) * vocab].copy_from_slice(row);
             }
+            self.recycle(found);
         }
         for entry in entries {
             for slot in &entry.slots[1..] {
@@ -257,10 +325,10 @@ impl<E: BlockEngine> Decoder for TransformerDecoder<'_, E> {
         if tokens.is_empty() { Ok(Vec::new()) } else { self.append(&tokens, entries.len()) }
     }
 
-    fn step_each(&mut self, entries: &[(usize, u32)], see: &Seeing<'_>) -> Result<()> {
+    fn run_each(&mut self, entries: &[(usize, u32)], steps: usize, next: &Next<'_>) -> Result<()> {
         let tokens = self.next_tokens(entries)?;
-        if !tokens.is_empty() {
-            let logits_rv = self.walk(&tokens, entries.len(), see)?;
+        if !tokens.is_empty() && steps > 0 {
+            let logits_rv = self.walk(&tokens, entries.len(), steps, next)?;
             self.recycle(logits_rv);
         }
         Ok(())
