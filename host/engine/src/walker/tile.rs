@@ -1,8 +1,13 @@
 //! Cutting a batch into tiles of similar length.
 
+use std::ops::Range;
+
 use crate::batch::{Position, TokenBatch};
 use crate::model::ModelConfig;
 use crate::{EngineError, Result};
+
+/// Tiles come in multiples of this: what 2 or 4 threads share evenly.
+const TOGETHER: usize = 4;
 
 /// A few rows of a batch, padded to the longest of them.
 pub(crate) struct Tile {
@@ -52,17 +57,39 @@ pub(crate) fn plan(
     }
     // Rows of like length share a tile; equal lengths keep the order of the batch.
     rows.sort_unstable();
-    let mut tiles = Vec::new();
-    let mut start = 0;
-    while start < rows.len() {
-        let mut end = start + 1;
-        while end < rows.len() && rows[end].0 * (end + 1 - start) <= tile_tokens {
-            end += 1;
-        }
-        tiles.push(tile(batch, &rows[start..end], &wanted_b));
-        start = end;
+    let lens: Vec<usize> = rows.iter().map(|(len, _)| *len).collect();
+    Ok(cuts(&lens, tile_tokens).into_iter().map(|cut| tile(batch, &rows[cut], &wanted_b)).collect())
+}
+
+/// Where rows of these ascending lengths are cut: into tiles of at most `tile_tokens` (a longer row is one), and where there
+/// are enough of them into a multiple of [`TOGETHER`], about equal, so that no thread waits for the last of them.
+fn cuts(lens: &[usize], tile_tokens: usize) -> Vec<Range<usize>> {
+    let fewest = within(lens, tile_tokens);
+    let padded: usize = fewest.iter().map(|cut| cut.len() * lens[cut.end - 1]).sum();
+    if padded < tile_tokens {
+        return fewest;
     }
-    Ok(tiles)
+    let count = fewest.len().next_multiple_of(TOGETHER);
+    // The smallest tiles of which there are no more than that. They decide about bits of gradients, so neither may depend on
+    // the number of threads.
+    let (mut low, mut high) = (padded.div_ceil(count), tile_tokens);
+    while low < high {
+        let middle = low.midpoint(high);
+        if within(lens, middle).len() <= count { high = middle } else { low = middle + 1 }
+    }
+    within(lens, high)
+}
+
+/// As few tiles as hold at most `tokens` each.
+fn within(lens: &[usize], tokens: usize) -> Vec<Range<usize>> {
+    let mut cuts: Vec<Range<usize>> = Vec::new();
+    for (row, len) in lens.iter().enumerate() {
+        match cuts.last_mut() {
+            Some(cut) if len * (cut.len() + 1) <= tokens => cut.end = row + 1,
+            _ => cuts.push(row..row + 1),
+        }
+    }
+    cuts
 }
 
 fn tile(batch: &TokenBatch, rows: &[(usize, usize)], wanted_b: &[Vec<(usize, usize)>]) -> Tile {
@@ -110,5 +137,33 @@ pub(crate) fn check_ids(ids: &[u32], config: &ModelConfig) -> Result<()> {
             format!("token id {id} is outside the model's vocabulary of {}", config.vocab_size),
             "use the tokenizer that belongs to this model",
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn tiles_are_even() {
+        // Three of at most 512 tokens would leave one of two threads idle for a third of the time.
+        assert_eq!(cuts(&[159; 8], 512), [0..2, 2..4, 4..6, 6..8]);
+        assert_eq!(cuts(&[10; 8], 512), [0..8]);
+        assert_eq!(cuts(&[600, 700], 512), [0..1, 1..2]);
+        assert!(cuts(&[], 512).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn every_row_is_in_one_tile(mut lens in prop::collection::vec(1usize..900, 0..60)) {
+            lens.sort_unstable();
+            let found = cuts(&lens, 512);
+            prop_assert_eq!(found.iter().cloned().flatten().collect::<Vec<_>>(), (0..lens.len()).collect::<Vec<_>>());
+            for cut in &found {
+                prop_assert!(cut.len() == 1 || cut.len() * lens[cut.end - 1] <= 512);
+            }
+            prop_assert!(found.len() < within(&lens, 512).len() + TOGETHER);
+        }
     }
 }
