@@ -36,7 +36,8 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const USAGE: &str = "usage: bench --suite compare --student DIR --teacher DIR --sequences FILE --prompt-tokens N \
-                     [--micro-batch N] [--device D] [--json FILE]\n       bench --suite train --student DIR \
+                     [--micro-batch N] [--only rollout|score|train] [--repeats N] [--device D] [--json FILE]\n       \
+                     bench --suite train --student DIR \
                      --sequences FILE --steps N --learning-rate R [--device D] [--json FILE]\n       bench --suite decode \
                      --shape small|qwen2.5-0.5b --format f32|bf16|int8|int8-head [--slots 1,32] [--steps N] [--device D] \
                      [--json FILE]\n       bench --suite device [--device D] [--json FILE]";
@@ -118,13 +119,32 @@ fn compare(arguments: &Arguments) -> Result<Value> {
     if sequences.iter().any(|s| s.len() <= prompt_len) || micro_batch == 0 {
         return Err("every sequence must be longer than the prompt, and the micro-batch at least 1".into());
     }
-    // One micro-batch through everything first, so that no phase pays for first touches.
+    // Everything of a phase's size first, so that none pays for first touches: a rollout of all sequences, and a micro-batch
+    // through what comes in micro-batches. The reference has had its first round by then.
     let few = &sequences[..micro_batch.min(sequences.len())];
-    rollout(student.as_mut(), few, prompt_len)?;
+    rollout(student.as_mut(), &sequences, prompt_len)?;
     score_all(teacher.as_mut(), few, prompt_len, micro_batch)?;
     accumulate(student.as_mut(), teacher.as_mut(), few, prompt_len, micro_batch)?;
     student.zero_grads();
 
+    if let Ok(only) = arguments.text("only") {
+        let mut seconds = Vec::new();
+        for _ in 0..arguments.number("repeats").unwrap_or(5) {
+            let (student, teacher) = (student.as_mut(), teacher.as_mut());
+            seconds.push(timed_both(|| match only {
+                "rollout" => rollout(student, &sequences, prompt_len).map(drop),
+                "score" => score_all(teacher, &sequences, prompt_len, micro_batch).map(drop),
+                "train" => accumulate(student, teacher, &sequences, prompt_len, micro_batch).map(drop),
+                other => Err(format!("unknown phase `{other}`: use `rollout`, `score` or `train`").into()),
+            })?);
+        }
+        let tokens: usize = sequences.iter().map(|s| s.len() - prompt_len).sum();
+        let runs: Vec<Value> = seconds
+            .iter()
+            .map(|(wall, cpu, ())| json!({ "seconds": wall, "cpu_seconds": cpu, "tokens_per_second": tokens as f64 / wall }))
+            .collect();
+        return Ok(json!({ "device": device, "phase": only, "completion_tokens": tokens, "runs": runs }));
+    }
     let (rollout_seconds, rollout_cpu, tokens) = timed_both(|| rollout(student.as_mut(), &sequences, prompt_len))?;
     let (score_seconds, score_cpu, logprob_sum) =
         timed_both(|| score_all(teacher.as_mut(), &sequences, prompt_len, micro_batch))?;

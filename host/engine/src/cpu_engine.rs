@@ -618,7 +618,7 @@ impl CpuEngine {
             }
         });
         let coming = ahead.kv.unwrap_or(kv);
-        ahead::fetch(ahead.rows.iter().flat_map(|row| coming[row.slot].pages()).flat_map(Page::numbers));
+        ahead::fetch(ahead.rows.iter().flat_map(|row| coming[row.slot].read()));
         let z = run.add_projected(run.weights.o, &mixed, x)?;
         Ok(Arc::new(run.finish(&z, &run.gate_up(&z))?))
     }

@@ -39,9 +39,12 @@ impl Page {
         self.values.copy_from_slice(&other.values);
     }
 
-    /// Everything that it holds.
-    pub fn numbers(&self) -> [&[f32]; 2] {
-        [&self.keys, &self.values]
+    /// What attention over its first `tokens` tokens reads, piece by piece.
+    pub fn read(&self, heads: Heads, tokens: usize) -> impl Iterator<Item = &[f32]> {
+        let (own, len) = (heads.dim * PAGE_TOKENS, heads.dim * tokens.min(PAGE_TOKENS));
+        // The values of a full page lie one behind the other.
+        let (own, len) = if len == own { (self.values.len(), self.values.len()) } else { (own, len) };
+        std::iter::once(&*self.keys).chain(self.values.chunks(own.max(1)).map(move |values| &values[..len]))
     }
 
     /// Puts a token's keys and values, `[kv heads · dim]` each, into place `token`.

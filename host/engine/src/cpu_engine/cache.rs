@@ -123,6 +123,12 @@ impl Cache {
         Ok(())
     }
 
+    /// What attention over all tokens and the one that comes next reads, piece by piece.
+    pub(super) fn read(&self) -> impl Iterator<Item = &[f32]> {
+        let pages = self.pages().enumerate();
+        pages.flat_map(|(index, page)| page.read(self.pool.heads, self.len + 1 - index * PAGE_TOKENS))
+    }
+
     /// The pages in order.
     pub(super) fn pages(&self) -> impl Iterator<Item = &Page> {
         self.pages.iter().map(|held| held.page())

@@ -138,9 +138,12 @@ impl Run<'_> {
         let heads = self.layout.heads;
         let (row, width, dim, half) = (heads.row(), heads.width(), heads.dim, heads.dim / 2);
         let keys = width..width + heads.kv_heads * dim;
-        let mut qkv = Buffer::of(raw);
+        let mut qkv = Buffer::dirty(raw.len());
         let scale = 1.0 / (dim as f32).sqrt();
         for (index, (qkv, raw)) in qkv.chunks_exact_mut(row).zip(raw.chunks_exact(row)).enumerate() {
+            // Norms write what they read elsewhere.
+            let copied = if self.weights.qk_norms.is_some() { keys.end } else { 0 };
+            qkv[copied..].copy_from_slice(&raw[copied..]);
             if let Some((q_norm, k_norm)) = self.weights.qk_norms {
                 let eps = self.layout.eps;
                 rows::rms_norm(self.isa, raw, row, heads.heads, q_norm, eps, qkv, row);
