@@ -43,3 +43,22 @@ pub(crate) fn take(lines: usize) -> Option<*const f32> {
         Some(at)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_are_asked_for_in_order_and_once() {
+        let (first, second) = ([0.0f32; 40], [0.0f32; 16]);
+        fetch([&first[..], &[], &second].into_iter());
+        // 40 numbers are two lines and a half.
+        let found: Vec<_> = std::iter::from_fn(|| take(2)).collect();
+        assert_eq!(found[..2], [first.as_ptr(), first[32..].as_ptr()]);
+        assert_eq!((found.len(), found[found.len() - 1]), (4, second.as_ptr()));
+        // What comes later replaces what is left.
+        fetch([&first[..]].into_iter());
+        fetch([&second[..]].into_iter());
+        assert_eq!((take(256), take(256)), (Some(second.as_ptr()), None));
+    }
+}
