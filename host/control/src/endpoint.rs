@@ -315,7 +315,12 @@ fn lock(run_folder: &std::path::Path) -> Result<File> {
     }
 }
 
-/// Ends the ledger in a run folder, since the run goes on without processes. Whether there was one.
+/// Whose ledger lies in a run folder; none where there is none that can be read.
+pub fn identity_in(run_folder: &std::path::Path) -> Option<Identity> {
+    Ledger::identity_in(&run_folder.join(LEDGER))
+}
+
+/// Ends the ledger in a run folder, since the run goes on without it: as one process, or from a checkpoint. Whether there was one.
 ///
 /// # Errors
 /// [`ControlError::Taken`] where a controller is at work; a file that cannot be removed.

@@ -47,6 +47,16 @@ impl Identity {
         Ok(Self { config: flat, plugins: named, version: version.into() })
     }
 
+    /// Whether `other` differs from this, and only in these keys of the config.
+    pub fn differs_only_in(&self, other: &Self, keys: &[&str]) -> bool {
+        let without = |identity: &Self| {
+            let mut rest = identity.clone();
+            rest.config.retain(|key, _| !keys.contains(&key.as_str()));
+            rest
+        };
+        self != other && without(self) == without(other)
+    }
+
     /// What of `other` differs from this, in words; none if they are the same.
     pub fn difference(&self, other: &Self) -> Option<String> {
         let short = |hash: &str| hash.chars().take(12).collect::<String>();
@@ -169,6 +179,10 @@ mod tests {
         assert_eq!(own, again);
         assert!(own.is_bounded() && !Identity { version: "v".repeat(BYTES_MAX), ..own.clone() }.is_bounded());
         let none = Identity { plugins: BTreeMap::new(), ..own.clone() };
+        let longer = json!({"z": "", "train": {"steps": 3}});
+        let longer = of(&longer);
+        assert!(of(&short).differs_only_in(&longer, &["train.steps"]) && !own.differs_only_in(&own, &["z"]));
+        assert!(!longer.differs_only_in(&of(&long), &["train.steps"]));
         assert_eq!(own.difference(&none).unwrap(), "no plugin `a.wasm`");
         assert_eq!(none.difference(&own).unwrap(), "plugin `a.wasm` that the run does not have");
     }

@@ -18,6 +18,8 @@ use crate::supervisor::Report;
 
 /// Bytes of one record, a snapshot being the largest.
 const RECORD_BYTES_MAX: u64 = 256 << 20;
+/// Bytes of the header.
+const HEADER_BYTES_MAX: u64 = 16 << 20;
 /// 1 held a hash of the config only.
 const FORMAT: u32 = 2;
 
@@ -133,6 +135,17 @@ impl Ledger {
         let ledger =
             Self { path: path.into(), disk: Box::new(file), identity: identity.clone(), bytes: at, uncut: false };
         if first { ledger.replaced(begin.as_slice()) } else { Ok(ledger) }
+    }
+
+    /// Whose ledger lies at `path`, by its header alone; none where there is no ledger, or none that can be read.
+    pub fn identity_in(path: &Path) -> Option<Identity> {
+        let mut line = Vec::new();
+        let file = File::open(path).ok()?;
+        io::Read::take(BufReader::new(file), HEADER_BYTES_MAX).read_until(b'\n', &mut line).ok()?;
+        match parse(&line).ok()? {
+            Record::Header { format: FORMAT, identity } => serde_json::from_value(identity).ok(),
+            _ => None,
+        }
     }
 
     /// Appends a record and waits until it is on disk. On an error the file is as before.

@@ -25,7 +25,7 @@ mod token;
 mod wire;
 
 pub use client::{Beating, Client, ClientOptions, Target, Turn, fetch_status};
-pub use endpoint::{Deadlines, Endpoint, EndpointOptions, retire};
+pub use endpoint::{Deadlines, Endpoint, EndpointOptions, identity_in, retire};
 pub use error::{ControlError, Result};
 pub use file::ControlFile;
 pub use identity::Identity;

@@ -11,6 +11,8 @@ use crate::yaml;
 pub const CONFIG_INSIDE: &str = "/etc/cosmos-host/config.toml";
 /// Where the run's volume is mounted.
 pub const RUNS_INSIDE: &str = "/runs";
+/// Group of the user in our `Dockerfile`.
+const IMAGE_USER: u32 = 1000;
 const NAME_CHARS_MAX: usize = 50;
 const CONFIG_BYTES_MAX: usize = 900 << 10;
 /// Seconds on top of those for saving, for the container to end.
@@ -65,6 +67,9 @@ fn check(options: &Options, config_toml: &str) -> Result<()> {
                 format!("up to {NAME_CHARS_MAX} lower-case letters, digits and dashes, beginning with a letter"),
             ));
         }
+    }
+    if options.image.trim().is_empty() {
+        return Err(LaunchError::usage("`--image` is empty", "as in `--image registry.example.com/cosmos-host:0.1.0`"));
     }
     if config_toml.len() > CONFIG_BYTES_MAX {
         return Err(LaunchError::usage(
@@ -181,6 +186,8 @@ fn pod(options: &Options, placement: &Placement, command: &NodeCommand, containe
     Ok(json!({
         "subdomain": options.name,
         "restartPolicy": "Never",
+        // Our image runs as this user, who must be able to write the volume. It changes nothing for one that runs as root.
+        "securityContext": {"fsGroup": IMAGE_USER, "fsGroupChangePolicy": "OnRootMismatch"},
         "terminationGracePeriodSeconds": command.save_wait_s + GRACE_MARGIN_S,
         "containers": [container],
         "volumes": [
@@ -240,6 +247,7 @@ mod tests {
             "nvidia.com/gpu: 8",
             "terminationGracePeriodSeconds: 330",
             "claimName: runs",
+            "fsGroup: 1000",
         ] {
             assert!(text.contains(needle), "{needle} is missing in\n{text}");
         }
@@ -249,6 +257,7 @@ mod tests {
     #[test]
     fn what_kubernetes_would_refuse_is_refused_here() {
         assert!(made(&Options { name: "Distil".into(), ..options() }, 8).unwrap_err().contains("no name"));
+        assert!(made(&Options { image: " ".into(), ..options() }, 8).unwrap_err().contains("`--image` is empty"));
         assert!(made(&Options { envs: vec!["A".into()], ..options() }, 8).unwrap_err().contains("has no value"));
         // A policy over two nodes is two processes, one in each pod.
         assert!(made(&options(), 16).unwrap().contains("completions: 4"));

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 /// Bytes of one line; a longer one is broken.
@@ -10,6 +10,8 @@ const LINE_BYTES_MAX: u64 = 64 << 10;
 /// Files put aside, beside the one being written.
 const OLD_FILES_MAX: u32 = 2;
 const TAIL_LINES_MAX: usize = 12;
+/// How much of a log is read for them.
+const TAIL_BYTES_MAX: u64 = 8 << 10;
 
 /// `NAME.log`, with `NAME.log.1` before it and `NAME.log.2` before that.
 pub(crate) struct LogFile {
@@ -64,6 +66,23 @@ impl LogFile {
         self.bytes = 0;
         Ok(())
     }
+}
+
+/// The last lines of a log that a process wrote itself; empty where it cannot be read.
+pub(crate) fn tail_of(path: &Path) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        let from = file.metadata()?.len().saturating_sub(TAIL_BYTES_MAX);
+        file.seek(io::SeekFrom::Start(from))?;
+        let mut bytes = Vec::new();
+        file.take(TAIL_BYTES_MAX).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read().unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<&str> = text.lines().collect();
+    let first = lines.len().saturating_sub(TAIL_LINES_MAX);
+    lines[first..].iter().map(|line| format!("  {line}")).collect::<Vec<_>>().join("\n")
 }
 
 /// Hands every line to `take` until the end of input.

@@ -100,6 +100,12 @@ pub fn write(job: &Job) -> Result<PathBuf> {
 
 /// The batch script, after everything was checked that can be checked before anything is queued.
 pub fn script_of(job: &Job) -> Result<String> {
+    if job.name.contains('/') {
+        return Err(LaunchError::usage(
+            format!("`--job-name {}` is no name: the run folder is called after it", job.name.escape_debug()),
+            "use letters, digits, dots and dashes; `--output-root-path` says where the run folder goes",
+        ));
+    }
     if !job.one_process {
         check_runnable(&job.placement)?;
     }

@@ -203,6 +203,16 @@ pub fn prepare(resolved: Resolved, plugin_paths: &[PathBuf]) -> Result<Prepared>
     Ok(Prepared { base, prompts, training, teachers, plan })
 }
 
+/// Checks the plugins and what the configuration names of them, without a model and without opening a dataset: for
+/// launchers, before anything is queued.
+pub fn check_plugins(resolved: &Resolved, plugin_paths: &[PathBuf]) -> Result<()> {
+    let plugins = Plugins::load(plugin_paths, resolved, None)?;
+    match Chosen::new(resolved, &plugins)?.train {
+        Some(_) => Ok(()),
+        None => check_something_named(resolved),
+    }
+}
+
 /// Opens datasets, environment and rewards, and tries them on the first prompts.
 pub fn prompts(base: &Base, plugin_paths: &[PathBuf]) -> Result<Prompts> {
     let Base { resolved, text, generation, .. } = base;
@@ -471,16 +481,23 @@ fn training_dataset(resolved: &Resolved, plugins: &Plugins, chosen: Datasets) ->
     Ok(dataset)
 }
 
+/// Where no plugin offers a training dataset, the configuration must name one.
+fn check_something_named(resolved: &Resolved) -> Result<()> {
+    let dataset = resolved.config.train.train_policy.dataset();
+    if !dataset.name.is_empty() || !dataset.local_dir.is_empty() {
+        return Ok(());
+    }
+    Err(RunError::config(
+        place(resolved, "train.train_policy.dataset.name"),
+        "there is nothing to train on: no plugin offers a training dataset and `train.train_policy.dataset.name` is empty",
+        "pass `--plugin FILE.wasm`, or name a dataset",
+    ))
+}
+
 fn training_columns(resolved: &Resolved) -> Result<Mixture> {
+    check_something_named(resolved)?;
     let policy = &resolved.config.train.train_policy;
     let (name, table) = (&policy.dataset().name, json_of(policy.dataset()));
-    if name.is_empty() && policy.dataset().local_dir.is_empty() {
-        return Err(RunError::config(
-            place(resolved, "train.train_policy.dataset.name"),
-            "there is nothing to train on: no plugin offers a training dataset and `train.train_policy.dataset.name` is empty",
-            "pass `--plugin FILE.wasm`, or name a dataset",
-        ));
-    }
     let dataset = match (policy.grpo(), policy.sft()) {
         (Some(g), _) if !g.prompt_column_name.is_empty() => {
             column_dataset(&table, &g.prompt_column_name, &g.response_column_name, false, "")

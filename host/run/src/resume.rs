@@ -12,8 +12,8 @@ use crate::checkpoint::{self, Snapshot};
 use crate::error::{Result, RunError};
 use crate::records::History;
 use crate::rewards::Tally;
-use crate::roles::history_at;
 use crate::roles::policy::{Buffered, PolicyState};
+use crate::roles::{LEDGER, history_at};
 use crate::rollout::Completion;
 use crate::session::RunState;
 
@@ -123,6 +123,23 @@ pub fn begun(run_folder: &Path) -> Result<Option<Begun>> {
 
 /// The newest good checkpoint of `output_dir` or, as in the original, of a sibling named by a timestamp.
 pub fn newest(output_dir: &Path) -> Result<Option<Resumed>> {
+    for folder in run_folders(output_dir) {
+        if let Some(found) = checkpoint::newest(&folder.join("checkpoints"))? {
+            return from(&found).map(Some);
+        }
+    }
+    Ok(None)
+}
+
+/// The newest run folder that [`newest`] would look into, of those with something to go on from: checkpoints, or the ledger
+/// of a run of processes.
+pub fn newest_run(output_dir: &Path) -> Option<PathBuf> {
+    let begun = |folder: &PathBuf| folder.join("checkpoints").is_dir() || folder.join(LEDGER).is_file();
+    run_folders(output_dir).into_iter().find(begun)
+}
+
+/// Where earlier parts of a run may be, the likeliest first: `output_dir`, then its siblings from the newest on.
+fn run_folders(output_dir: &Path) -> Vec<PathBuf> {
     let mut folders = vec![output_dir.to_path_buf()];
     let parent = output_dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut siblings: Vec<PathBuf> = fs::read_dir(parent)
@@ -134,12 +151,7 @@ pub fn newest(output_dir: &Path) -> Result<Option<Resumed>> {
         .collect();
     siblings.sort();
     folders.extend(siblings.into_iter().rev());
-    for folder in folders {
-        if let Some(found) = checkpoint::newest(&folder.join("checkpoints"))? {
-            return from(&found).map(Some);
-        }
-    }
-    Ok(None)
+    folders
 }
 
 fn is_timestamp(name: &str) -> bool {
@@ -175,4 +187,28 @@ pub fn clear_unsaved(run_folder: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_run_is_one_that_something_is_left_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let new = at("20260105000000");
+        assert_eq!(newest_run(&new), None);
+        for name in
+            ["20260101000000/checkpoints", "20260102000000/logs", "20260103000000/checkpoints", "notes/checkpoints"]
+        {
+            fs::create_dir_all(at(name)).unwrap();
+        }
+        assert_eq!(newest_run(&new), Some(at("20260103000000")));
+        fs::write(at("20260102000000/ledger.log"), "").unwrap();
+        assert_eq!(newest_run(&new), Some(at("20260103000000")));
+        fs::create_dir_all(&new).unwrap();
+        fs::write(new.join("ledger.log"), "").unwrap();
+        assert_eq!(newest_run(&new), Some(new));
+    }
 }

@@ -64,6 +64,17 @@ fn a_dry_run_names_every_process() {
 }
 
 #[test]
+fn a_launch_takes_the_options_of_run_and_of_the_other_launchers() {
+    let rest = ["--device", "cpu", "--output-dir", "out", "--n-policy-replicas", "2", "--n-teacher-replicas", "2"];
+    let text = told(&with(&["launch", "local", "--dry-run"], &rest));
+    assert!(text.starts_with("exit 0") && text.contains("policy-1") && text.contains("teacher-1"), "{text}");
+    let both = told(&with(&["launch", "local", "--dry-run"], &["--output-dir", "out", "--run", "out/1"]));
+    assert!(both.starts_with("exit 2") && both.contains("cannot be used with"), "{both}");
+    let no_gpu = told(&with(&["launch", "local", "--dry-run"], &["--device", "burn:cuda"]));
+    assert!(no_gpu.starts_with("exit 2") && no_gpu.contains("burn:cuda"), "{no_gpu}");
+}
+
+#[test]
 fn the_status_of_no_run_says_so() {
     assert_told("status_of_no_run", &["status", "no-such-run"]);
     let folder = tempfile::tempdir().expect("a temporary folder");

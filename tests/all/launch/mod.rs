@@ -72,6 +72,28 @@ fn a_slurm_job_is_printed_and_nothing_is_written() {
     assert!(refused(&late).contains("leaves no time"));
     let no_image = [&job[..], &["--container", "/no/such.sqsh"]].concat();
     assert!(refused(&no_image).contains("/no/such.sqsh"));
+    for (more, said) in [
+        (&["--mount-dirs", "/tmp:/data"][..], "--cosmos-container"),
+        (&["--job-name", "../a"], "is no name"),
+        (&["--duration", "-1"], "no number of hours"),
+    ] {
+        assert!(refused(&[&job[..], more].concat()).contains(said), "{more:?}");
+    }
+    if !cfg!(feature = "burn-cuda") {
+        let no_gpu = refused(&[&job[..], &["--set", "host.device=burn:cuda"]].concat());
+        assert!(
+            no_gpu.contains("this build offers cpu, burn:flex") && no_gpu.contains("--features burn-cuda"),
+            "{no_gpu}"
+        );
+    }
+    // What every node would refuse is refused before the job is queued.
+    let plugin = |files: &[&str]| {
+        let given: Vec<&str> = files.iter().flat_map(|file| ["--plugin", *file]).collect();
+        refused(&[&["slurm", "--config-path", QUICKSTART, "--output-root-path", root][..], &given].concat())
+    };
+    assert!(plugin(&[]).contains("there is nothing to train on"));
+    assert!(plugin(&["LICENSE"]).contains("is not WebAssembly: it is text"));
+    assert!(plugin(&["plugins/dist/calculator.wasm"]).contains("does not grant"));
     assert!(!Path::new(root).exists());
     // Without sbatch in PATH the job is written, and the way to submit it is told.
     let output = cosmos_host().arg("launch").args(job).env("PATH", "/nonexistent").output().unwrap();
@@ -80,6 +102,24 @@ fn a_slurm_job_is_printed_and_nothing_is_written() {
         output.status.code() == Some(1) && error.contains("cannot start `sbatch`") && error.contains("doctor"),
         "{error}"
     );
+}
+
+#[test]
+fn a_node_tells_why_its_controller_ended() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().to_str().unwrap();
+    let script = folder.path().join("role");
+    std::fs::write(&script, "#!/bin/sh\necho \"error: $1 was told nonsense\" >&2\nexit 2\n").unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let output = cosmos_host()
+        .args(["launch", "node", "--config", QUICKSTART, "--run", run, "--set", "redis=redis://127.0.0.1:1/0"])
+        .env("COSMOS_LAUNCH_PROGRAM", &script)
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(2) && error.contains(" was told nonsense"), "{error}");
+    let empty = refused(&["node", "--config", QUICKSTART, "--run", run, "--node-ip-list", " ;"]);
+    assert!(empty.contains("`--node-ip-list` has no address"), "{empty}");
 }
 
 #[test]

@@ -371,13 +371,30 @@ fn processes_go_on_only_in_their_folder_and_with_their_config() {
     assert!(said.contains("`train.resume` names a checkpoint"), "{said}");
     roles.start(&ONE_OF_EACH);
     roles.wait_for_end(0);
-    let mut longer = host();
-    longer.args(["controller", "--resume", "--run"]).arg(&roles.run);
-    configured(&mut longer, &bench.sets(&["train.max_num_steps=3"]));
-    let said = refused(longer.args(["--set", &format!("redis={}", roles.redis.port)]));
-    assert!(said.contains("it belongs to another run: `train.max_num_steps` is 2, and not 3"), "{said}");
+    let mut faster = host();
+    faster.args(["controller", "--resume", "--run"]).arg(&roles.run);
+    configured(&mut faster, &bench.sets(&["train.max_num_steps=2", "train.optm_lr=1e-2"]));
+    let said = refused(faster.args(["--set", &format!("redis={}", roles.redis.port)]));
+    assert!(said.contains("it belongs to another run: `train.optm_lr` is ") && said.contains("and not 0.01"), "{said}");
     let config = std::fs::read_to_string(roles.run.join("config.toml")).unwrap();
-    assert!(config.contains("max_num_steps = 2\n"), "what is refused writes nothing");
+    assert!(!config.contains("optm_lr = 0.01\n"), "what is refused writes nothing");
+}
+
+#[test]
+fn a_finished_run_goes_on_for_more_steps() {
+    let Some(bench) = Bench::with_redis() else { return };
+    let of_steps = |steps: u64| bench.sets(&[&format!("train.max_num_steps={steps}")]);
+    let one = bench.in_one("", &of_steps(2));
+    succeed(run_in_one(&one, &of_steps(STEPS)).arg("--resume"));
+    let mut roles = bench.roles("", &of_steps(2));
+    roles.start(&ONE_OF_EACH);
+    roles.wait_for_end(0);
+    roles.sets = of_steps(STEPS);
+    roles.controller(true);
+    ONE_OF_EACH.iter().for_each(|name| roles.role(name));
+    roles.must_end_like(&one);
+    let config = std::fs::read_to_string(roles.run.join("config.toml")).unwrap();
+    assert!(config.contains("max_num_steps = 6\n"), "{config}");
 }
 
 // The original's ratio is to the policy as it was when the step began, so it is 1 however old the completions are, unless

@@ -108,7 +108,7 @@ pub fn configured(command: &mut Command, sets: &[String]) {
 pub struct Roles {
     pub run: PathBuf,
     pub redis: Redis,
-    sets: Vec<String>,
+    pub sets: Vec<String>,
     children: BTreeMap<String, Child>,
     logs: PathBuf,
     starts: usize,

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use cosmos_launch::placement::uses_gpus;
+
 use super::files::{entries, library, read};
 use super::{Finding, Status};
 
@@ -23,11 +25,28 @@ fn driver_in(text: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
-pub fn devices() -> Finding {
+/// What this build can compute on.
+fn offered() -> Vec<&'static str> {
     let mut devices = vec!["cpu", "burn:flex"];
     if cfg!(feature = "burn-cuda") {
         devices.push("burn:cuda");
     }
+    devices
+}
+
+/// Why this build cannot compute on a GPU that the config asks for, and the fix.
+pub fn lacks_device(device: &str) -> Option<(String, String)> {
+    let lacks = uses_gpus(device) && !cfg!(feature = "burn-cuda");
+    lacks.then(|| {
+        (
+            format!("`host.device` is `{device}`, and this build offers {}", offered().join(", ")),
+            "build the program with `--features burn-cuda`, or set `host.device = \"cpu\"`".to_owned(),
+        )
+    })
+}
+
+pub fn devices() -> Finding {
+    let devices = offered();
     Finding::new("devices", "`--device`", Status::Ok, format!("this build offers {}", devices.join(", ")))
         .detail("devices", devices)
 }

@@ -10,6 +10,7 @@ use cosmos_config::{Config, Resolved};
 use cosmos_launch::Machine;
 use cosmos_launch::placement::Placement;
 
+use super::accelerator::lacks_device;
 use super::files::program;
 use super::{Finding, Status};
 use crate::failure::Failure;
@@ -48,12 +49,15 @@ pub fn why(failure: Failure) -> Refusal {
 pub fn checks(launch: &Launch) -> Vec<Finding> {
     let mut found = Vec::new();
     if !launch.plugins.is_empty() {
-        found.push(plugins(&launch.plugins));
+        found.push(plugins(&launch.plugins, launch.resolved.as_ref()));
     }
     if let Some(image) = &launch.container {
         found.push(container(image));
     }
     if let Some(resolved) = &launch.resolved {
+        if let Some((message, fix)) = lacks_device(&resolved.config.host.device) {
+            found.push(Finding::new("device", "the launch of this run", Status::Problem, message).fix(fix));
+        }
         if !launch.one_process {
             found.push(broker(&resolved.config.redis));
         }
@@ -80,14 +84,17 @@ pub fn srun() -> Finding {
     }
 }
 
-fn plugins(files: &[PathBuf]) -> Finding {
+fn plugins(files: &[PathBuf], resolved: Option<&Resolved>) -> Finding {
     let needed_for = "the launch of this run";
     let missing: Vec<String> = files.iter().filter(|f| !f.is_file()).map(|f| f.display().to_string()).collect();
-    let finding = if missing.is_empty() {
-        Finding::new("plugin_files", needed_for, Status::Ok, format!("{} there", files.len()))
-    } else {
+    let finding = if !missing.is_empty() {
         Finding::new("plugin_files", needed_for, Status::Problem, format!("not on this node: {}", missing.join(", ")))
             .fix("copy them to the same path on every node, or put them on a shared file system")
+    } else if let Some(Err(error)) = resolved.map(|resolved| cosmos_run::prepare::check_plugins(resolved, files)) {
+        let fix = error.hint().unwrap_or_else(|| "`cosmos-host plugin inspect FILE` shows what it is".into());
+        Finding::new("plugin_files", needed_for, Status::Problem, error.to_string()).fix(fix)
+    } else {
+        Finding::new("plugin_files", needed_for, Status::Ok, format!("{} there", files.len()))
     };
     finding.detail("missing", missing)
 }
@@ -129,9 +136,16 @@ fn broker(redis: &str) -> Finding {
         .to_socket_addrs()
         .map_err(|e| e.to_string())
         .and_then(|mut all| all.next().ok_or_else(|| "no address".to_owned()))
-        .and_then(|at| TcpStream::connect_timeout(&at, CONNECT_WAIT_MAX).map_err(|e| e.to_string()));
+        .and_then(|at| TcpStream::connect_timeout(&at, CONNECT_WAIT_MAX).map_err(|e| e.to_string()))
+        // Behind TLS it is not asked.
+        .map(|stream| redis.starts_with("rediss") || answers_as_redis(stream).unwrap_or(false));
     match reached {
-        Ok(_) => Finding::new("broker", needed_for, Status::Ok, format!("{shown} answers")),
+        Ok(false) => {
+            let found = format!("{shown} takes connections, and does not answer as a Redis server does");
+            Finding::new("broker", needed_for, Status::Problem, found)
+                .fix("correct host and port of `redis` in the config, or leave it away: then the launcher starts one")
+        }
+        Ok(true) => Finding::new("broker", needed_for, Status::Ok, format!("{shown} answers")),
         Err(reason) => {
             Finding::new("broker", needed_for, Status::Problem, format!("{shown} cannot be reached: {reason}"))
                 .fix("start that server, correct `redis` in the config, or leave it away: then the launcher starts one")
@@ -227,16 +241,19 @@ fn ports(launch: &Launch, config: &Config, placement: &Placement) -> Finding {
 
 /// Whether a Redis server listens on a port of this machine.
 fn is_redis(port: u16) -> bool {
-    let asked = || -> std::io::Result<bool> {
-        let mut stream = TcpStream::connect_timeout(&(Ipv4Addr::LOCALHOST, port).into(), CONNECT_WAIT_MAX)?;
-        stream.set_read_timeout(Some(CONNECT_WAIT_MAX))?;
-        stream.write_all(b"PING\r\n")?;
-        let mut answer = [0; 5];
-        stream.read_exact(&mut answer)?;
-        // One with a password says so.
-        Ok(answer == *b"+PONG" || answer == *b"-NOAU")
-    };
-    asked().unwrap_or(false)
+    let address = (Ipv4Addr::LOCALHOST, port).into();
+    TcpStream::connect_timeout(&address, CONNECT_WAIT_MAX).and_then(answers_as_redis).unwrap_or(false)
+}
+
+/// Whether a Redis server is at the other end.
+fn answers_as_redis(mut stream: TcpStream) -> std::io::Result<bool> {
+    stream.set_read_timeout(Some(CONNECT_WAIT_MAX))?;
+    stream.set_write_timeout(Some(CONNECT_WAIT_MAX))?;
+    stream.write_all(b"PING\r\n")?;
+    let mut answer = [0; 5];
+    stream.read_exact(&mut answer)?;
+    // One with a password says so.
+    Ok(answer == *b"+PONG" || answer == *b"-NOAU")
 }
 
 #[cfg(test)]
@@ -305,9 +322,18 @@ mod tests {
 
     #[test]
     fn a_server_that_answers_is_reached() {
-        let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let url = format!("redis://127.0.0.1:{}/0", server.local_addr().unwrap().port());
-        let launch = Launch { resolved: config(&url), ..Launch::default() };
-        assert_eq!(finding(&launch, "broker").status, Status::Ok);
+        for (answer, status) in [("+PONG\r\n", Status::Ok), ("-NOAUTH", Status::Ok), ("HTTP/1.1 400", Status::Problem)]
+        {
+            let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            let url = format!("redis://127.0.0.1:{}/0", server.local_addr().unwrap().port());
+            let answering = std::thread::spawn(move || {
+                let mut stream = server.accept().unwrap().0;
+                stream.read_exact(&mut [0; 6]).and_then(|()| stream.write_all(answer.as_bytes()))
+            });
+            let launch = Launch { resolved: config(&url), ..Launch::default() };
+            let found = finding(&launch, "broker");
+            assert_eq!(found.status, status, "{found:?}");
+            answering.join().unwrap().unwrap();
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! What this machine has, what is missing and how to get it.
 //!
 //! Checks only look: at files, at search paths and at the versions that programs print. No library is loaded, nothing
-//! is written. Only the checks of a [`Launch`], which the user asks for, open a connection.
+//! is written. Only the checks of a [`Launch`], which the user asks for, open a connection and compile plugins.
 
 mod accelerator;
 mod files;
@@ -9,6 +9,7 @@ mod launch;
 mod machine;
 mod tools;
 
+pub use accelerator::lacks_device;
 pub use launch::{Launch, why};
 
 use cosmos_author::manifest::Language;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::processes::{Kind, Process};
 use crate::error::{LaunchError, Result};
+use crate::log_file::tail_of;
 
 /// Exit code of a process that saved and wants to be started again.
 const SAVED: i32 = 75;
@@ -176,11 +177,13 @@ impl Node<'_> {
                     // A leader that ends by itself has said why; only one that was killed is worth another start here.
                     let hopeless = code == Some(WRONG_USAGE) || self.stop.is_some() || (kind.leads() && code.is_some());
                     if hopeless || watched.starts > self.limits.restarts_max {
+                        let log = self.logs.join(format!("{name}.log"));
                         let reason = format!(
-                            "{name} ended: {}, started {}; see {}",
+                            "{name} ended: {}, started {}; the end of {}:\n{}",
                             describe(status),
                             if watched.starts == 1 { "once".into() } else { format!("{} times", watched.starts) },
-                            self.logs.join(format!("{name}.log")).display()
+                            log.display(),
+                            tail_of(&log)
                         );
                         let refused = code == Some(WRONG_USAGE);
                         return Ok(Some(if refused { Ending::Refused(reason) } else { Ending::Failed(reason) }));
@@ -372,11 +375,13 @@ impl Watched {
         loop {
             if let Some(status) = self.look() {
                 let name = &self.process.name;
+                let log = logs.join(format!("{name}.log"));
                 return Err(LaunchError::Ended {
                     message: format!(
-                        "{name} ended at once: {}; see {}",
+                        "{name} ended at once: {}; the end of {}:\n{}",
                         describe(status),
-                        logs.join(format!("{name}.log")).display()
+                        log.display(),
+                        tail_of(&log)
                     ),
                     hint: format!("is port {port} taken? choose another with `--redis-port`"),
                 });

@@ -34,7 +34,9 @@ use crate::validation::Share;
 const BOOKS: &str = "books.json";
 const BOOKS_BYTES_MAX: u64 = 1 << 30;
 const RUN_NAME: &str = "run_name";
-const LEDGER: &str = "ledger.log";
+pub(crate) const LEDGER: &str = "ledger.log";
+/// Keys of the config in which a run that goes on by `--resume` may differ from before: it begins at its newest checkpoint.
+const MAY_CHANGE: [&str; 1] = ["train.max_num_steps"];
 const LOOK: Duration = Duration::from_millis(200);
 /// How long roles have to hear that the run has failed before the controller goes.
 const BAD_NEWS: Duration = Duration::from_secs(3);
@@ -129,7 +131,7 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
     let plan = prepare::plan_of_processes(&base, &prompts)?;
     let stop = StopFlag::listen(&config.train.signal_to_handle)?;
     let root = options.run_folder.clone().unwrap_or_else(|| PathBuf::from(&config.train.output_dir));
-    let known = root.join(LEDGER).is_file();
+    let mut known = root.join(LEDGER).is_file();
     let resume = options.resume || options.restarted || config.train.resume == FlagOrText::Flag(true);
     if known && !resume {
         return Err(RunError::config(
@@ -138,7 +140,6 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
             "go on with it by `--resume`, or take another folder",
         ));
     }
-    let begun = if resume && !known { resume::begun(&root)? } else { None };
     if let FlagOrText::Text(checkpoint) = &config.train.resume {
         return Err(RunError::config(
             prepare::place(&base.resolved, "train.resume"),
@@ -147,6 +148,16 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
             ),
             "name its run folder with `--resume` instead, or start anew from `ckpt export`'s folder as `policy.model_name_or_path`",
         ));
+    }
+    let identity = identity(&base.resolved, &options.plugins)?;
+    let is_longer = options.resume
+        && !options.restarted
+        && cosmos_control::identity_in(&root).is_some_and(|theirs| theirs.differs_only_in(&identity, &MAY_CHANGE));
+    let begun = if resume && (!known || is_longer) { resume::begun(&root)? } else { None };
+    if begun.is_some() && known {
+        // What the ledger promised was for another number of steps; the checkpoint says all that is needed.
+        super::retire(&root)?;
+        known = false;
     }
     let old = known || begun.is_some();
     let folder = if old { RunFolder::open_existing(&root)? } else { RunFolder::create(&root)? };
@@ -157,7 +168,6 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
     // Lives as long as this process.
     let (broker_url, server) = broker(&base, &options, &root)?;
     let total_steps = plan.total_steps();
-    let identity = identity(&base.resolved, &options.plugins)?;
     let mut clerk = Clerk::open(&base, &prompts, folder, total_steps, begun.as_ref())?;
     let controller = match begun {
         None => Controller::new(plan.clone()),

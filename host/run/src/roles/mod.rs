@@ -21,7 +21,7 @@ mod teacher_ranks;
 pub mod trainer;
 pub mod writer;
 
-pub(crate) use controller::history_at;
+pub(crate) use controller::{LEDGER, history_at};
 
 use std::path::{Path, PathBuf};
 

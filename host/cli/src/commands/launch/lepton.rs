@@ -5,7 +5,6 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use clap::ValueHint;
-use cosmos_launch::LaunchError;
 use cosmos_launch::lepton::{self, CONFIG_INSIDE, Options, Workspace};
 use cosmos_launch::multi_node::NodeCommand;
 use serde_json::Value;
@@ -158,6 +157,10 @@ impl LeptonArgs {
 
 /// Submits it.
 pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
+    if !args.run.is_absolute() {
+        return Err(Failure::usage(format!("`--run {}` is no absolute path", args.run.display()))
+            .with_hint("it is a path inside the job, on one of its mounts: as in `--run /mnt/runs/first`"));
+    }
     let reference = args.lepton.lepton_reference_job.as_deref().map(read_json).transpose()?;
     let mut set = args.config.overrides.set.clone();
     set.extend(args.sizes.overrides());
@@ -205,7 +208,7 @@ fn read_json(path: &Path) -> Result<Value, Failure> {
     let mut text = String::new();
     File::open(path)
         .and_then(|file| file.take(REFERENCE_BYTES_MAX).read_to_string(&mut text))
-        .map_err(LaunchError::io("read", path))?;
+        .map_err(|e| Failure::usage(format!("cannot read the reference job {}: {e}", path.display())))?;
     serde_json::from_str(&text)
         .map_err(|e| Failure::usage(format!("{}:{}:{}: no JSON: {e}", path.display(), e.line(), e.column())))
 }

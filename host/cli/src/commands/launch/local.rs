@@ -21,17 +21,23 @@ pub struct Args {
     /// Plugin (a WebAssembly component) with the dataset and the rewards. May be repeated
     #[arg(long = "plugin", short, value_name = "FILE", value_hint = ValueHint::FilePath)]
     plugins: Vec<PathBuf>,
-    /// Folder of the run [default: train.output_dir]
+    /// Where the run folder goes; same as `--set train.output_dir=DIR`
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    output_dir: Option<PathBuf>,
+    /// The run folder itself, in place of a new one in the output folder
+    #[arg(long, value_name = "DIR", conflicts_with = "output_dir", value_hint = ValueHint::DirPath)]
     run: Option<PathBuf>,
+    /// Where models compute, such as `cpu`; same as `--set host.device=DEVICE`
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
     /// Policies, in place of `policy.parallelism.n_init_replicas`
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", alias = "n-policy-replicas")]
     policies: Option<usize>,
     /// Rollouts, in place of `rollout.parallelism.n_init_replicas`
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", alias = "n-rollout-replicas")]
     rollouts: Option<usize>,
     /// Teachers, in place of `distillation.parallelism.n_init_replicas`
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", aliases = ["n-reference-replicas", "n-teacher-replicas"])]
     teachers: Option<usize>,
     /// Let several replicas use one GPU when there are fewer GPUs than they want
     #[arg(long)]
@@ -40,7 +46,7 @@ pub struct Args {
     /// limit]
     #[arg(long, value_name = "N")]
     ranks_per_node: Option<usize>,
-    /// Go on from the newest good checkpoint of the run folder
+    /// Go on from the newest good checkpoint of the run folder; without `--run`, of the newest one in the output folder
     #[arg(long)]
     resume: bool,
     /// Print which processes there would be, and start none
@@ -53,6 +59,8 @@ pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
     let counts = Counts { policy: args.policies, rollout: args.rollouts, teacher: args.teachers };
     let mut set = args.config.overrides.set.clone();
     set.extend(counts.overrides());
+    set.extend(args.output_dir.iter().map(|dir| format!("train.output_dir={}", dir.display())));
+    set.extend(args.device.iter().map(|device| format!("host.device={device}")));
     let resolved = resolve(&args.config.config, &set)?;
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
     let machine = Machine {
@@ -65,6 +73,7 @@ pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
         out.line(table(&plan))?;
         return Ok(Exit::Done);
     }
+    super::check_here(&resolved, &args.plugins)?;
     let mut arguments: Vec<OsString> = vec!["--config".into(), args.config.config.into()];
     for plugin in args.plugins {
         arguments.extend(["--plugin".into(), plugin.into()]);
@@ -74,7 +83,17 @@ pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
     }
     let program = std::env::current_exe()
         .map_err(|e| Failure::failed(format!("cannot find this program, to start it for every role: {e}")))?;
-    let run_folder = args.run.unwrap_or_else(|| PathBuf::from(&resolved.config.train.output_dir));
+    let run_folder = match args.run {
+        Some(folder) => folder,
+        None => {
+            let new = PathBuf::from(&resolved.config.train.output_dir);
+            let newest = args.resume.then(|| cosmos_run::resume::newest_run(&new)).flatten();
+            if args.resume && newest.is_none() {
+                tracing::warn!("nothing to resume under {}: starting from the beginning", new.display());
+            }
+            newest.unwrap_or(new)
+        }
+    };
     if !args.resume && run_folder.join("ledger.log").exists() {
         return Err(Failure::usage(format!("{} holds a run already", run_folder.display()))
             .with_hint("go on with it by `--resume`, or take another folder"));

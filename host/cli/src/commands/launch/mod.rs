@@ -8,8 +8,12 @@ mod plan;
 pub(crate) mod sizes;
 mod slurm;
 
-use clap::Subcommand;
+use std::path::PathBuf;
 
+use clap::Subcommand;
+use cosmos_config::Resolved;
+
+use crate::doctor;
 use crate::failure::{Exit, Failure};
 use crate::output::Output;
 
@@ -46,4 +50,13 @@ pub fn run(command: Command, out: &mut Output) -> Result<Exit, Failure> {
         Command::Lepton(args) => lepton::run(*args, out),
         Command::Kubernetes(args) => kubernetes::run(*args, out),
     }
+}
+
+/// Refuses what would end the run on its nodes, which get this program and these plugins, before anything is queued or
+/// started.
+fn check_here(resolved: &Resolved, plugins: &[PathBuf]) -> Result<(), Failure> {
+    if let Some((message, hint)) = doctor::lacks_device(&resolved.config.host.device) {
+        return Err(Failure::usage(message).with_hint(hint));
+    }
+    cosmos_run::prepare::check_plugins(resolved, plugins).map_err(|e| Failure::from_run(e, resolved.text()))
 }

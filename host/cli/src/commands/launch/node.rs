@@ -95,6 +95,11 @@ fn serve(args: &Args, signals: &std::sync::mpsc::Receiver<i32>, index: &mut Opti
     *index = index.or_else(|| environment("SLURM_NODEID")?.parse().ok());
     let resolved = resolve(&args.config.config, &args.config.overrides.set)?;
     let given = args.node_ip_list.as_deref().map(|list| multi_node::addresses(list).len());
+    if given == Some(0) {
+        return Err(
+            Failure::usage("`--node-ip-list` has no address").with_hint("as in `--node-ip-list \"10.0.0.1;10.0.0.2\"`")
+        );
+    }
     args.sizes.check_roles(&resolved)?;
     let placement = args.sizes.place(&resolved, args.gpus_per_node, args.nodes.or(given))?;
     let whereabouts = Whereabouts::find(placement.nodes, args.worker_idx, args.node_ip_list.as_deref(), &environment)?;

@@ -43,7 +43,7 @@ pub struct Args {
     #[arg(long, value_name = "IMAGE", alias = "container")]
     cosmos_container: Option<String>,
     /// Folders that the container sees, as `FROM:TO`, separated by commas; run folder and work folder always are
-    #[arg(long, value_name = "MOUNTS", value_delimiter = ',')]
+    #[arg(long, value_name = "MOUNTS", value_delimiter = ',', requires = "cosmos_container")]
     mount_dirs: Vec<String>,
     /// Partition [default: the cluster's]
     #[arg(long, value_name = "NAME")]
@@ -52,7 +52,7 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     slurm_account: Option<String>,
     /// Hours of each start of the job, with decimals
-    #[arg(long, value_name = "HOURS", default_value_t = 4.0)]
+    #[arg(long, value_name = "HOURS", default_value_t = 4.0, allow_negative_numbers = true)]
     duration: f64,
     /// The same as Slurm writes it, such as `1-12:00:00`; wins over `--duration`
     #[arg(long, value_name = "TIME")]
@@ -91,6 +91,7 @@ pub fn run(args: Args, out: &mut Output) -> Result<Exit, Failure> {
     let resolved = resolve(&args.config_path, &set)?;
     args.sizes.check_roles(&resolved)?;
     let placement = args.sizes.place(&resolved, Some(args.ngpu_per_node), args.nodes)?;
+    super::check_here(&resolved, &args.plugins)?;
     let plugins = args.plugins.iter().map(|p| absolute(p)).collect::<Result<_, _>>()?;
     let job = Job {
         name: args.job_name,
