@@ -113,6 +113,8 @@ pub fn run(options: RunOptions) -> Result<Outcome> {
             hint: "remove it, or start the roles as processes of their own".into(),
         });
     }
+    // Compiling plugins and reading datasets may take long, and there is nothing to save yet.
+    let unprepared = signals::EndAtOnce::listen()?;
     let prepared = prepare::prepare(resolved, &plugins)?;
     let plan = prepared.plan()?;
     if dry_run {
@@ -131,7 +133,9 @@ pub fn run(options: RunOptions) -> Result<Outcome> {
         }
         cosmos_config::shapes::FlagOrText::Flag(_) => None,
     };
-    session::Session::open(prepared, resumed, &plan.lines())?.run()
+    let session = session::Session::open(prepared, resumed, &plan.lines())?;
+    drop(unprepared);
+    session.run()
 }
 
 #[cfg(test)]

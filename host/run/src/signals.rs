@@ -7,6 +7,28 @@ use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 
 use crate::error::{Result, RunError};
 
+/// While it lives, SIGTERM and SIGINT end the process, as they do by themselves everywhere but in the first process of a
+/// container: the system keeps from that one what nobody listens to.
+pub struct EndAtOnce(Arc<AtomicBool>);
+
+impl EndAtOnce {
+    /// Listens.
+    pub fn listen() -> Result<Self> {
+        let lives = Arc::new(AtomicBool::new(true));
+        for signal in [SIGTERM, SIGINT] {
+            signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&lives))
+                .map_err(|e| RunError::config("", format!("cannot listen to signal {signal}: {e}"), ""))?;
+        }
+        Ok(Self(lives))
+    }
+}
+
+impl Drop for EndAtOnce {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
 /// Set once somebody asked the run to leave.
 #[derive(Clone, Default)]
 pub struct StopFlag(Arc<AtomicBool>);
