@@ -15,7 +15,7 @@ FROM ${RUST} AS source
 WORKDIR /source
 COPY . .
 # Everything that both images have beside the program.
-RUN mkdir -p -m 1777 /image/tmp /image/opt/cosmos-host/outputs \
+RUN mkdir -p -m 1777 /image/tmp /image/opt/cosmos-host \
     && cp -r --parents configs plugins/dist LICENSE /image/opt/cosmos-host
 
 # Dependencies stay compiled between builds. The crates of the repository are always compiled again: files of another

@@ -109,7 +109,7 @@ sizes() {
         buildah) buildah push -q --format docker "localhost/cosmos-host:$image" "dir:$work/image" ;;
     esac
     # What is a layer is a tar archive, compressed or not.
-    for compress in cat 'gzip -6' 'zstd -q -19 -T0'; do
+    for compress in cat 'gzip -6' 'zstd -q -10'; do
         layers=0
         while read -r file; do
             { gzip -dcq "$file" 2>/dev/null || cat "$file"; } >"$work/layer"

@@ -79,6 +79,20 @@ fi
 script "kernels on arm64" '^test .* ok$' "qemu-aarch64-static aarch64-linux-gnu-gcc" bash tests/arm64.sh
 script "instructions of each kernel" ' %  ' valgrind bash benchmarks/instructions.sh
 
+# Both images, for which this needs docker, or buildah as root; with neither they are left out by name.
+if [[ "images" == *"$filter"* ]]; then
+    started=$SECONDS status=0
+    printf '== images\n'
+    bash tests/images.sh >"$logs/images.log" 2>&1 || status=$?
+    if ((status == 77)); then
+        echo "left out: images (needs docker, or buildah as root)"
+    else
+        result=passed
+        ((status == 0)) || { result=FAILED; grep -A 20 '^FAILED' "$logs/images.log" | head -30; }
+        names+=("images") results+=("$result") counts+=("$(grep -c '^  ok' "$logs/images.log")") seconds+=($((SECONDS - started)))
+    fi
+fi
+
 failed=0
 printf '\n%-32s %-22s %6s %8s\n' part result tests seconds
 for i in "${!names[@]}"; do

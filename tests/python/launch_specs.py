@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs/quickstart/countdown.toml"
 REFERENCE = ROOT / "configs/lepton/reference-job.json"
-PLUGIN = "/opt/cosmos-host/plugins/countdown.wasm"
+PLUGIN = "/opt/cosmos-host/plugins/dist/countdown.wasm"
 GPUS = ["--set", "host.device=burn:cuda", "--set", "policy.parallelism.tp_size=8", "--n-rollout-replicas", "3"]
 
 LEPTON = {
