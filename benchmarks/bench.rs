@@ -38,7 +38,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const USAGE: &str = "usage: bench --suite compare --student DIR --teacher DIR --sequences FILE --prompt-tokens N \
                      [--micro-batch N] [--only rollout|score|train] [--repeats N] [--device D] [--json FILE]\n       \
                      bench --suite train --student DIR \
-                     --sequences FILE --steps N --learning-rate R [--device D] [--json FILE]\n       bench --suite decode \
+                     --sequences FILE --steps N --learning-rate R [--update in-backward|after] [--device D] [--json FILE]\n       \
+                     bench --suite decode \
                      --shape small|qwen2.5-0.5b --format f32|bf16|int8|int8-head [--slots 1,32] [--steps N] [--device D] \
                      [--json FILE]\n       bench --suite device [--device D] [--json FILE]";
 
@@ -254,8 +255,8 @@ fn accumulate(
 
 // ---- train ------------------------------------------------------------------------------------------------------------
 
-/// Seconds and losses of every step, warm-up and all; the memory that the process held after loading, after the first
-/// backward and after the first update, and the most at once.
+/// Seconds and losses of every step, warm-up and all; the memory that the process held after loading and after the first
+/// step, and the most at once. Parameters are updated within the backward, as a run does that does not clip, or after it.
 fn train(arguments: &Arguments) -> Result<Value> {
     let device = arguments.text("device").unwrap_or("cpu");
     let mut model = model::load(Path::new(arguments.text("student")?), device)?;
@@ -265,26 +266,35 @@ fn train(arguments: &Arguments) -> Result<Value> {
     let scored: usize = samples.iter().map(SftSample::scored).sum();
     let settings = AdamConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.01, ..AdamConfig::default() };
     let mut adam = Adam::new(settings, model.params());
-    let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+    let (mut seconds, mut losses, mut norms) = (Vec::new(), Vec::new(), Vec::new());
+    let in_backward = match arguments.text("update").unwrap_or("in-backward") {
+        "in-backward" => true,
+        "after" => false,
+        other => return Err(format!("`--update` is `{other}`\n{USAGE}").into()),
+    };
     let mut held = vec![("loaded", memory_bytes("VmRSS:"), memory_bytes("VmHWM:"))];
     for step in 0..steps {
         let (passed, loss) = timed(|| {
             let mut loss = SftLoss::new(&samples, 1.0 / scored.max(1) as f64)?;
             let (batch, positions) = loss.batch()?;
-            model.forward_backward(&batch, &positions, &mut loss)?;
-            if step == 0 {
-                held.push(("backward", memory_bytes("VmRSS:"), memory_bytes("VmHWM:")));
-            }
-            if !adam.step(model.as_mut(), rate, None)?.finite {
+            let stats = if in_backward {
+                adam.step_in_backward(model.as_mut(), rate, &batch, &positions, &mut loss)?
+            } else {
+                model.forward_backward(&batch, &positions, &mut loss)?;
+                let stats = adam.step(model.as_mut(), rate, None)?;
+                model.zero_grads();
+                stats
+            };
+            if !stats.finite {
                 return Err("the gradient is not finite".into());
             }
-            model.zero_grads();
+            norms.push(stats.grad_norm);
             Ok(loss.total())
         })?;
         seconds.push(passed);
         losses.push(loss);
         if step == 0 {
-            held.push(("updated", memory_bytes("VmRSS:"), memory_bytes("VmHWM:")));
+            held.push(("first step", memory_bytes("VmRSS:"), memory_bytes("VmHWM:")));
         }
     }
     let held: Vec<Value> = held
@@ -292,7 +302,9 @@ fn train(arguments: &Arguments) -> Result<Value> {
         .map(|(after, now, peak)| json!({ "after": after, "bytes": now, "peak_bytes": peak }))
         .collect();
     let peak = memory_bytes("VmHWM:");
-    Ok(json!({ "device": device, "seconds": seconds, "losses": losses, "memory": held, "peak_bytes": peak }))
+    Ok(json!({
+        "device": device, "seconds": seconds, "losses": losses, "grad_norms": norms, "memory": held, "peak_bytes": peak,
+    }))
 }
 
 /// Bytes of memory that this process holds (`VmRSS:`) or has held at most (`VmHWM:`), or 0 where the system does not say.

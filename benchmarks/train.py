@@ -12,6 +12,16 @@ the median of all measured steps and the largest peak of resident memory; the ra
 leaner one. Every side's losses, before and after the first update, must agree, or nothing is printed: a ratio between
 different work says nothing.
 
+No side clips gradients, so that ours may update each parameter within the backward, as a run does with
+`train.optm_grad_norm_clip = 0`; `--update after` keeps all gradients first, as a run that clips does. PyTorch keeps them, as
+its trainers do.
+
+Where one call may not take long, sides can be measured in a call each and put together, as for the larger model:
+
+  python3 benchmarks/train.py --model qwen2.5-0.5b --rounds 1 --warmup 1 --steps 2 --folder F --sides ours --json ours.json
+  (the same with --sides eager --json eager.json, and with --sides compiled --json compiled.json)
+  python3 benchmarks/train.py --join ours.json eager.json compiled.json
+
 Needs torch, transformers and safetensors in the Python that runs it, and
   cargo build --release -p cosmos-host --example bench
 """
@@ -60,6 +70,8 @@ def arguments():
     parser.add_argument("--bench", type=Path, help="the bench binary (default: the one under the target folder)")
     parser.add_argument("--folder", type=Path, help="keep the weights here and use them again (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="also write everything that was measured here")
+    parser.add_argument("--update", choices=("in-backward", "after"), default="in-backward", help="when ours updates parameters")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="JSON", help="measure nothing: put what earlier calls wrote together")
     parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.sides = options.sides.split(",")
@@ -155,7 +167,7 @@ def run_side(side, binary, folder, options):
     if side == "ours":
         command = [
             binary, "--suite", "train", "--student", folder, "--sequences", folder / "tokens.json",
-            "--steps", options.warmup + options.steps, "--learning-rate", LEARNING_RATE,
+            "--steps", options.warmup + options.steps, "--learning-rate", LEARNING_RATE, "--update", options.update,
         ]
     else:
         command = [
@@ -195,10 +207,8 @@ def measure(options, folder):
     return shape, batch, length, runs
 
 
-def main():
-    options = arguments()
-    if options.worker:
-        return worker(options)
+def measured(options):
+    """What this call measures, as it is written with `--json`."""
     if options.folder:
         shape, batch, length, runs = measure(options, options.folder)
     else:
@@ -220,20 +230,48 @@ def main():
             "seconds": seconds, "tokens_per_second": batch * length / statistics.median(seconds),
             "peak_bytes": max(run["peak_bytes"] for run in found), "losses": found[0]["losses"],
         }
-    print(f"{report['machine']['cpu']}, {options.threads} threads; "
-          f"torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{options.model}, {shape['num_hidden_layers']} layers, {batch} x {length} tokens a step, f32")
+    return report
+
+
+def joined(paths):
+    """Reports of the same work on the same machine as one."""
+    reports = [json.loads(path.read_text()) for path in paths]
+    report = reports[0]
+    for path, other in zip(paths[1:], reports[1:]):
+        for what in ("machine", "versions", "work"):
+            if other[what] != report[what]:
+                sys.exit(f"error: {path} has another `{what}` than {paths[0]}: {other[what]} and {report[what]}")
+        if twice := set(report["sides"]) & set(other["sides"]):
+            sys.exit(f"error: {path} has sides that an earlier file has too: {', '.join(sorted(twice))}")
+        report["sides"].update(other["sides"])
+    check(report["sides"])
+    return report
+
+
+def show(report):
+    work, versions = report["work"], report["versions"]
+    print(f"{report['machine']['cpu']}, {report['machine']['threads']} threads; "
+          f"torch {versions['torch']}, transformers {versions['transformers']}")
+    print(f"{work['model']}, {work['num_hidden_layers']} layers, {work['batch']} x {work['length']} tokens a step, f32")
     print(f"{'side':<12}{'tokens/s':>10}{'s/step':>10}{'peak MiB':>10}{'loss 1':>10}{'loss 2':>10}")
     for side, found in report["sides"].items():
         print(f"{side:<12}{found['tokens_per_second']:>10.1f}{statistics.median(found['seconds']):>10.3f}"
               f"{found['peak_bytes'] / 2**20:>10.0f}{found['losses'][0]:>10.4f}{found['losses'][1]:>10.4f}")
     peers = [found for side, found in report["sides"].items() if side != "ours"]
-    if "ours" in runs and peers:
+    if "ours" in report["sides"] and peers:
         mine = report["sides"]["ours"]
         report["speed_ratio"] = mine["tokens_per_second"] / max(peer["tokens_per_second"] for peer in peers)
         report["memory_ratio"] = mine["peak_bytes"] / min(peer["peak_bytes"] for peer in peers)
         print(f"{report['speed_ratio']:.2f} times the tokens a second of the faster peer, "
-              f"{100 * report['memory_ratio']:.0f} % of the memory of the leaner one")
+              f"{100 * report['memory_ratio']:.1f} % of the memory of the leaner one")
+
+
+def main():
+    options = arguments()
+    if options.worker:
+        return worker(options)
+    report = joined(options.join) if options.join else measured(options)
+    show(report)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
         print(f"written: {options.json}")

@@ -37,6 +37,7 @@ pub(crate) fn apply(config: &mut Config, document: &Document) -> Vec<Problem> {
     config.train.transfer_dtype.get_or_insert(config.train.master_dtype);
     rules.distilling(config);
     rules.batches(config);
+    rules.update_in_backward(config);
     rules.advice(config);
     rules.problems
 }
@@ -436,6 +437,37 @@ impl Rules<'_> {
                 ["train.train_batch_per_replica", "train.train_policy.mini_batch", "policy.parallelism.dp_shard_size"];
             let next = batch.div_ceil(rows).saturating_mul(rows);
             self.error(&keys, message, &format!("the next batch that fits is {next}"));
+        }
+    }
+
+    /// `host.update_in_backward = "always"` where an update has to wait for all gradients.
+    fn update_in_backward(&mut self, config: &Config) {
+        const KEY: &str = "host.update_in_backward";
+        let train = &config.train;
+        if config.host.update_in_backward != UpdateInBackward::Always {
+            return;
+        }
+        if train.optm_grad_norm_clip > 0.0 {
+            let message = format!(
+                "`{KEY} = \"always\"`, but gradients are clipped to a norm of {}, which is known only when all are there",
+                train.optm_grad_norm_clip
+            );
+            let hint = "set `train.optm_grad_norm_clip = 0`, or `host.update_in_backward = \"auto\"`";
+            self.error(&[KEY, "train.optm_grad_norm_clip"], message, hint);
+        }
+        let grpo = train.train_policy.grpo();
+        if grpo.is_some_and(|grpo| grpo.max_token_len_per_mini_batch.is_some()) {
+            return;
+        }
+        let each = grpo.and_then(|grpo| grpo.batch_size_per_optimize).unwrap_or(usize::MAX);
+        let (batch, mini_batch) = (train.train_batch_per_replica.min(each), train.train_policy.mini_batch().max(1));
+        if mini_batch < batch {
+            let message = format!(
+                "`{KEY} = \"always\"`, but an update is made of {} micro-batches: {batch} samples, {mini_batch} at a time",
+                batch.div_ceil(mini_batch)
+            );
+            let keys = [KEY, "train.train_policy.mini_batch", "train.train_batch_per_replica"];
+            self.error(&keys, message, &format!("set `train.train_policy.mini_batch` = {batch}"));
         }
     }
 

@@ -740,3 +740,26 @@ fn teachers_that_make_no_sense_are_refused_at_their_place() {
     let wrong = warned(&TWO_TEACHERS.replace("mini_batch = 4", "mini_batches = 4"));
     assert!(wrong.contains("distillation.teachers[1].mini_batches"), "{wrong}");
 }
+
+#[test]
+fn an_update_within_the_backward_is_refused_where_it_cannot_be() {
+    let always = |train: &str, policy: &str| {
+        format!(
+            "[train]\ntrain_batch_per_replica = 8\n{train}[train.train_policy]\ntype = \"grpo\"\n{policy}[host]\nupdate_in_backward = \"always\"\n"
+        )
+    };
+    let fits = resolve(&always("optm_grad_norm_clip = 0\n", "mini_batch = 8\n")).config;
+    assert_eq!(fits.host.update_in_backward, UpdateInBackward::Always);
+    let clipped = refused(&always("", "mini_batch = 8\n"));
+    assert!(clipped.starts_with(
+        "run.toml:7:22: `host.update_in_backward = \"always\"`, but gradients are clipped to a norm of 1"
+    ));
+    assert!(clipped.contains("set `train.optm_grad_norm_clip = 0`"), "{clipped}");
+    let several = refused(&always("optm_grad_norm_clip = 0\n", "mini_batch = 2\n"));
+    assert!(several.contains("4 micro-batches: 8 samples, 2 at a time"), "{several}");
+    assert!(several.contains("set `train.train_policy.mini_batch` = 8"), "{several}");
+    let smaller = always("optm_grad_norm_clip = 0\n", "mini_batch = 2\nbatch_size_per_optimize = 2\n");
+    assert_eq!(resolve(&smaller).config.host.update_in_backward, UpdateInBackward::Always);
+    // Elsewhere it is left to the run, which knows.
+    assert_eq!(resolve("[train]\n").config.host.update_in_backward, UpdateInBackward::Auto);
+}

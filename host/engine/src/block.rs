@@ -42,6 +42,21 @@ pub struct BackwardTile<E: BlockEngine> {
     pub dy: E::Tensor,
 }
 
+/// A part of the head's matrix on its way back. What it gives has the bits that [`BlockEngine::head_vjp`] gives the whole,
+/// called for every `chunk_rows` rows.
+pub struct HeadPart<'a> {
+    /// Rows of the matrix.
+    pub values_ph: &'a [f32],
+    /// What the logits were made of.
+    pub hidden_rh: &'a [f32],
+    /// The gradient at the logits.
+    pub dlogits_rp: &'a [f32],
+    /// Rows whose sums are added to the matrix' gradient one after the other.
+    pub chunk_rows: usize,
+    /// Whether the gradient at the hidden states is added to what the parts before this one gave.
+    pub add: bool,
+}
+
 /// The kernels of one device. Everything that a walk over blocks needs, and nothing that decides about it.
 pub trait BlockEngine: Send + Sync + 'static {
     /// Activations `[n, hidden]` on the device.
@@ -239,6 +254,20 @@ pub trait BlockEngine: Send + Sync + 'static {
         dlogits_rv: &[f32],
         grads: &mut [f32],
     ) -> Result<Vec<f32>>;
+
+    /// Ids of the parts of the head's matrix that [`BlockEngine::head_part_vjp`] should get; none where it is not there.
+    fn head_part_ids(&self) -> Option<usize> {
+        None
+    }
+    /// The vector-Jacobian product of a part of the head's matrix of [`BlockEngine::head_part_ids`] ids (the last may have
+    /// fewer): that at the hidden states is added to or replaces `dhidden_rh`, that at the part is added to `grads_ph`.
+    ///
+    /// # Errors
+    /// An engine that does not have this.
+    fn head_part_vjp(&self, part: HeadPart<'_>, dhidden_rh: &mut [f32], grads_ph: &mut [f32]) -> Result<()> {
+        let _ = (part, dhidden_rh, grads_ph);
+        Err(EngineError::invalid("this engine has no head in parts", ""))
+    }
 
     /// An empty cache for at most `capacity` tokens.
     fn kv(&self, capacity: usize) -> Self::Kv;

@@ -10,13 +10,13 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use cosmos_kernels::gemm::{Left, Right, Shape, gemm};
+use cosmos_kernels::gemm::{K_BLOCK, Left, Right, Shape, gemm};
 use cosmos_kernels::page::{Page, attend};
 use cosmos_kernels::{Isa, ahead, rows, threads};
 use cosmos_parallel::RankGroups;
 use rayon::prelude::*;
 
-use crate::block::{Ahead, BackwardTile, BlockEngine, DecodeRow};
+use crate::block::{Ahead, BackwardTile, BlockEngine, DecodeRow, HeadPart};
 use crate::model::{Model, ModelConfig, ParamSpec, WeightFormat};
 use crate::rope::Rope;
 use crate::sharded::cut::TpPart;
@@ -45,6 +45,8 @@ const HEAD_CACHE_BYTES: usize = 8 << 20;
 const HEAD_ROWS_MIN: usize = 96;
 /// Largest chunk of logits.
 const HEAD_BYTES_MAX: usize = 64 << 20;
+/// Bytes of a part of the head's matrix: it, its gradient and its logits fit the shared cache.
+const HEAD_PART_BYTES: usize = 8 << 20;
 /// Keys and values may take this part of the memory that was available when the engine started.
 const KV_SHARE: f64 = 0.5;
 /// Taken as available where the system does not say.
@@ -105,6 +107,8 @@ pub struct CpuEngine {
     pool: Arc<Pool>,
     /// None where the engine has whole blocks.
     inside: Option<Inside>,
+    /// Ids of a part of the head, a multiple of the block in which products along the vocabulary are summed.
+    head_part_ids: usize,
 }
 
 impl CpuEngine {
@@ -138,9 +142,18 @@ impl CpuEngine {
             pool: Pool::new(layout.heads, kv_bytes_max),
             layout,
             formats: Formats::default(),
+            // A power of two, which falls into equal parts for any number of threads and is a multiple of K_BLOCK.
+            head_part_ids: ((HEAD_PART_BYTES / (4 * config.hidden_size.max(1))).max(K_BLOCK) + 1).next_power_of_two()
+                / 2,
             config,
             inside,
         }
+    }
+
+    /// With the head in parts of `ids`, a multiple of [`K_BLOCK`].
+    #[cfg(test)]
+    pub(crate) fn with_head_parts(self, ids: usize) -> Self {
+        Self { head_part_ids: ids, ..self }
     }
 
     /// This engine with matrices in `format`.
@@ -484,6 +497,24 @@ impl BlockEngine for CpuEngine {
         let gather = Shape { m: v, n: h, k: m };
         gemm(self.isa, gather, Left::Columns(dlogits_rv, v), Right::Rows(hidden_rh, h), grads, h, true);
         Ok(dhidden)
+    }
+
+    fn head_part_ids(&self) -> Option<usize> {
+        self.inside.is_none().then_some(self.head_part_ids)
+    }
+
+    fn head_part_vjp(&self, part: HeadPart<'_>, dhidden_rh: &mut [f32], grads_ph: &mut [f32]) -> Result<()> {
+        let HeadPart { values_ph, hidden_rh, dlogits_rp, chunk_rows, add } = part;
+        let h = self.config.hidden_size;
+        let (rows, ids) = (hidden_rh.len() / h, values_ph.len() / h);
+        let back = Shape { m: rows, n: h, k: ids };
+        gemm(self.isa, back, Left::Rows(dlogits_rp, ids), Right::Rows(values_ph, h), dhidden_rh, h, add);
+        let chunks = dlogits_rp.chunks(chunk_rows.max(1) * ids).zip(hidden_rh.chunks(chunk_rows.max(1) * h));
+        for (dlogits_rp, hidden_rh) in chunks {
+            let gather = Shape { m: ids, n: h, k: hidden_rh.len() / h };
+            gemm(self.isa, gather, Left::Columns(dlogits_rp, ids), Right::Rows(hidden_rh, h), grads_ph, h, true);
+        }
+        Ok(())
     }
 
     fn kv(&self, _capacity: usize) -> Cache {

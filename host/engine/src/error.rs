@@ -36,6 +36,14 @@ pub enum EngineError {
         /// How to mend it.
         hint: String,
     },
+    /// A gradient with a number that is NaN or infinite, found when its parameter was to be updated.
+    #[error("the gradient of `{tensor}` is not finite{}", if *half { ", and the parameters before it in the backward were already updated" } else { "" })]
+    NotFinite {
+        /// Whose gradient.
+        tensor: String,
+        /// Whether parameters were updated before it was found, so that the model is now of no step.
+        half: bool,
+    },
     /// A rank that is late, gone, or does something else than the others.
     #[error("{0}")]
     Parallel(#[from] cosmos_parallel::ParallelError),
@@ -56,6 +64,11 @@ impl EngineError {
             Self::Checkpoint { hint, .. } | Self::Device { hint, .. } | Self::Invalid { hint, .. } => {
                 (!hint.is_empty()).then_some(hint.as_str())
             }
+            Self::NotFinite { half: true, .. } => Some(
+                "go on from the newest checkpoint with `--resume`; with `host.update_in_backward = \"never\"` such a step \
+                 is left out as a whole, and a lower `train.optm_lr` may avoid it",
+            ),
+            Self::NotFinite { half: false, .. } => None,
             Self::Parallel(error) => error.hint(),
             Self::Io { .. } => None,
         }

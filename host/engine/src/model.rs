@@ -93,6 +93,40 @@ pub trait HeadLoss {
     fn observe(&mut self, rows: Range<usize>, logits_rv: &[f32]) -> Result<()>;
     /// Logits `[rows, vocab]` in, d loss / d logits out, in place.
     fn gradient(&mut self, rows: Range<usize>, logits_rv: &mut [f32]) -> Result<()>;
+    /// Whether a row's gradient can be made again from its logits and a few numbers, for a part of the vocabulary at a time:
+    /// then [`HeadLoss::settle`] may be called for every chunk instead of [`HeadLoss::gradient`], and
+    /// [`HeadLoss::remake`] after it.
+    fn remakes(&self) -> bool {
+        false
+    }
+    /// Takes the losses of a chunk of logits `[rows, vocab]` in as [`HeadLoss::gradient`] does, and remembers what the
+    /// gradients are made of.
+    ///
+    /// # Errors
+    /// As [`HeadLoss::gradient`], and a loss that does not [remake](HeadLoss::remakes).
+    fn settle(&mut self, rows: Range<usize>, logits_rv: &[f32]) -> Result<()> {
+        let _ = (rows, logits_rv);
+        Err(EngineError::invalid("this objective makes the gradient of whole rows only", ""))
+    }
+    /// Logits `[rows, part]` of the ids from `first` on in, d loss / d logits out, in place: the bits that
+    /// [`HeadLoss::gradient`] gives these ids.
+    ///
+    /// # Errors
+    /// Rows that were not settled.
+    fn remake(&self, rows: Range<usize>, first: usize, logits_rp: &mut [f32]) -> Result<()> {
+        let _ = (rows, first, logits_rp);
+        Err(EngineError::invalid("this objective makes the gradient of whole rows only", ""))
+    }
+}
+
+/// Takes every gradient of a backward once, as soon as it is complete.
+pub trait Updater {
+    /// Changes `values`, those of parameter `index` from `first` on, by their complete `gradient`. Every value of every
+    /// parameter comes once, in any order.
+    ///
+    /// # Errors
+    /// [`EngineError::NotFinite`], and nothing was changed by this gradient.
+    fn update(&mut self, index: usize, first: usize, values: &mut [f32], gradient: &[f32]) -> Result<()>;
 }
 
 /// Logits of another model at the same rows (the teacher, for full-vocabulary objectives). Where the vocabulary is cut
@@ -213,6 +247,27 @@ pub trait Model: Send {
             losses.with(index, &mut |loss| self.forward_backward(&part.batch, &part.positions, loss))?;
         }
         Ok(())
+    }
+    /// Whether [`Model::forward_backward_update`] is there.
+    fn updates_in_backward(&self) -> bool {
+        false
+    }
+    /// As [`Model::forward_backward`] from gradients of zero and [`Model::update_params`] after it, with the same bits, but
+    /// every gradient goes to `updater` as soon as it is complete and is forgotten then, so that the gradients of all
+    /// parameters are never there together. False: a number at the head is not finite; nothing was updated then.
+    ///
+    /// # Errors
+    /// Those of `updater`, after which parameters nearer to the head are updated and the others are not; gradients that an
+    /// earlier backward has left; a model that does not do this.
+    fn forward_backward_update(
+        &mut self,
+        batch: &TokenBatch,
+        positions: &[Position],
+        loss: &mut dyn HeadLoss,
+        updater: &mut dyn Updater,
+    ) -> Result<bool> {
+        let _ = (batch, positions, loss, updater);
+        Err(EngineError::invalid("this model does not update its parameters in the backward", ""))
     }
     /// Gradient of parameter `index` as accumulated; zeros where none was computed yet.
     fn read_grad(&self, index: usize) -> Vec<f32>;

@@ -11,6 +11,7 @@ mod divergence;
 mod facts;
 mod policy;
 mod report;
+mod row_gradient;
 mod sft;
 mod spec;
 mod surrogate;

@@ -2,5 +2,5 @@
 
 mod adam;
 mod schedule;
-pub use adam::{Adam, AdamConfig, Moments, StepStats};
+pub use adam::{Adam, AdamConfig, Moments, MomentsView, StepStats};
 pub use schedule::{DecayType, Schedule, Warmup};

@@ -9,12 +9,15 @@ use std::ops::Range;
 
 use crate::batch::{Position, TokenBatch};
 use crate::block::{BackwardTile, BlockEngine};
-use crate::model::{Decoder, HeadLoss, Model, ModelConfig, ParamSpec, WeightFormat};
+use crate::model::{Decoder, HeadLoss, Model, ModelConfig, ParamSpec, Updater, WeightFormat};
 use crate::{EngineError, Result};
 
 mod decoder;
+mod groups;
 pub(crate) mod tile;
+mod update;
 use decoder::TransformerDecoder;
+use groups::Groups;
 use tile::{Tile, plan};
 
 /// Bytes of activations that a forward keeps for its backward, beside each block's input.
@@ -29,6 +32,19 @@ const IDLE_BYTES_MAX: usize = 256 << 20;
 struct Place {
     group: usize,
     range: Range<usize>,
+}
+
+/// A forward on its way to the backward.
+struct Forward<E: BlockEngine> {
+    tiles: Vec<Tile>,
+    /// By tile.
+    geometries: Vec<E::Geometry>,
+    /// By tile: what each block keeps.
+    kept: Vec<Vec<E::Saved>>,
+    /// By tile: the last block's.
+    outputs: Vec<E::Tensor>,
+    /// The rows of the loss, in the caller's order.
+    hidden_rh: Vec<f32>,
 }
 
 /// What the device holds.
@@ -46,7 +62,7 @@ impl<E: BlockEngine> OnDevice<E> {
     }
 
     /// Uploads the groups that are `stale`, and marks them as fresh.
-    fn refresh(&mut self, engine: &E, groups: &[Vec<f32>], stale: &mut [bool]) {
+    fn refresh(&mut self, engine: &E, groups: &Groups, stale: &mut [bool]) {
         let layers = self.blocks.len();
         for (group, values) in groups.iter().enumerate() {
             if !std::mem::take(&mut stale[group]) {
@@ -79,13 +95,17 @@ pub struct Transformer<E: BlockEngine> {
     specs: Vec<ParamSpec>,
     places: Vec<Place>,
     /// Master values: the embedding, each block, the norm, and the head unless tied. Empty where the device holds them itself.
-    groups: Vec<Vec<f32>>,
+    groups: Groups,
     /// Gradients in the same layout; empty until the first backward, so that a frozen model pays nothing.
     grads: Vec<Vec<f32>>,
     /// Groups whose master values are newer than the device's.
     stale: Vec<bool>,
-    /// One chunk of logits, for the next step to use again.
+    /// Memory of a chunk of logits, for the next step to use again.
     logits_rv: Vec<f32>,
+    /// Whether the gradients may be other than zero.
+    accumulated: bool,
+    /// Bytes of parameters from which on an update within the backward spares memory at the cost of time.
+    frugal_bytes: usize,
     device: OnDevice<E>,
     /// None where decoding reads what training reads.
     decoding: Option<Decoding<E>>,
@@ -113,41 +133,70 @@ impl<E: BlockEngine> Transformer<E> {
         let lazy = engine.trains_on_masters();
         let (mut specs, mut places) = (Vec::new(), Vec::new());
         let mut group = 0;
-        let mut next = |list: Vec<ParamSpec>| -> Result<Vec<f32>> {
-            let mut flat = Vec::with_capacity(list.iter().map(ParamSpec::len).sum());
+        let mut append = |list: Vec<ParamSpec>, to: &mut Vec<f32>| -> Result<()> {
+            let start = to.len();
             for spec in list {
                 let values = source(specs.len(), &spec)?;
                 check_len(&spec, values.len())?;
-                places.push(Place { group, range: flat.len()..flat.len() + values.len() });
-                flat.extend_from_slice(&values);
+                let first = to.len() - start;
+                places.push(Place { group, range: first..first + values.len() });
+                to.extend_from_slice(&values);
                 specs.push(spec);
             }
             group += 1;
-            Ok(flat)
+            Ok(())
         };
-        let kept = |flat: Vec<f32>, held: bool| if held { Vec::new() } else { flat };
-        let mut groups = Vec::with_capacity(layers + 3);
-        let flat = next(config.embed_params())?;
-        let embed = if lazy { engine.no_table(&flat) } else { engine.embedding(&flat) };
-        groups.push(kept(flat, engine.holds_embedding()));
-        let mut blocks = Vec::with_capacity(layers);
+        let len_of = |list: &[ParamSpec]| list.iter().map(ParamSpec::len).sum::<usize>();
+        let held_embed = if engine.holds_embedding() { len_of(&config.embed_params()) } else { 0 };
+        let mut groups = match engine.holds_blocks() {
+            true => Groups::with_capacity(len_of(&config.embed_params()) - held_embed + len_of(&config.norm_params())),
+            false => Groups::with_capacity(config.params().iter().map(ParamSpec::len).sum::<usize>() - held_embed),
+        };
+        // Adds a group and hands its values to `make`; where the device holds them, they are not kept.
+        let mut next = |groups: &mut Groups, list: Vec<ParamSpec>, held: bool, make: &mut dyn FnMut(&[f32])| {
+            let mut passing = Vec::new();
+            groups.push(|kept| {
+                let to = if held { &mut passing } else { kept };
+                let start = to.len();
+                append(list, to)?;
+                make(&to[start..]);
+                Ok(())
+            })
+        };
+        let (mut embed, mut blocks, mut norm, mut head) = (None, Vec::with_capacity(layers), None, None);
+        next(&mut groups, config.embed_params(), engine.holds_embedding(), &mut |flat| {
+            embed = Some(if lazy { engine.no_table(flat) } else { engine.embedding(flat) });
+        })?;
         for layer in 0..layers {
-            let flat = next(config.block_params(layer))?;
-            blocks.push(if lazy { engine.no_block(&flat) } else { engine.block(&flat) });
-            groups.push(kept(flat, engine.holds_blocks()));
+            next(&mut groups, config.block_params(layer), engine.holds_blocks(), &mut |flat| {
+                blocks.push(if lazy { engine.no_block(flat) } else { engine.block(flat) });
+            })?;
         }
-        groups.push(next(config.norm_params())?);
-        let norm = engine.norm(&groups[1 + layers]);
-        let mut head = None;
+        next(&mut groups, config.norm_params(), false, &mut |flat| norm = Some(engine.norm(flat)))?;
         if !config.tie_word_embeddings {
-            let flat = next(config.head_params())?;
-            head = Some(if lazy { engine.no_table(&flat) } else { engine.table(&flat) });
-            groups.push(kept(flat, engine.holds_blocks()));
+            next(&mut groups, config.head_params(), engine.holds_blocks(), &mut |flat| {
+                head = Some(if lazy { engine.no_table(flat) } else { engine.table(flat) });
+            })?;
         }
+        let (Some(embed), Some(norm)) = (embed, norm) else {
+            return Err(EngineError::invalid("the model has no embedding or no norm", ""));
+        };
         let stale = vec![lazy; groups.len()];
         let grads = vec![Vec::new(); groups.len()];
         let device = OnDevice { embed, blocks, norm, head };
-        Ok(Self { device, engine, specs, places, groups, grads, stale, logits_rv: Vec::new(), decoding: None })
+        Ok(Self {
+            device,
+            engine,
+            specs,
+            places,
+            groups,
+            grads,
+            stale,
+            logits_rv: Vec::new(),
+            accumulated: false,
+            frugal_bytes: update::FRUGAL_BYTES,
+            decoding: None,
+        })
     }
 
     /// What sequences are decoded with.
@@ -211,7 +260,7 @@ impl<E: BlockEngine> Transformer<E> {
         }
         if self.device_bytes() > IDLE_BYTES_MAX {
             self.device.embed = self.engine.no_table(&self.groups[0]);
-            for (block, flat) in self.device.blocks.iter_mut().zip(&self.groups[1..]) {
+            for (block, flat) in self.device.blocks.iter_mut().zip(self.groups.iter().skip(1)) {
                 *block = self.engine.no_block(flat);
             }
             if let Some(head) = &mut self.device.head {
@@ -228,14 +277,26 @@ impl<E: BlockEngine> Transformer<E> {
         let tables = [Some((&device.embed, 0)), device.head.as_ref().map(|head| (head, self.norm_group() + 1))];
         let tables =
             tables.into_iter().flatten().map(|(table, group)| engine.table_bytes(table, self.groups[group].len()));
-        let blocks = device.blocks.iter().zip(&self.groups[1..]);
+        let blocks = device.blocks.iter().zip(self.groups.iter().skip(1));
         tables.sum::<usize>() + blocks.map(|(block, flat)| engine.block_bytes(block, flat.len())).sum::<usize>()
     }
 
     /// Bytes of activations to keep between forward and backward.
     fn kept_bytes_max(&self) -> usize {
-        let params = 4 * self.groups.iter().map(Vec::len).sum::<usize>();
+        let params = self.params_bytes();
         KEPT_BYTES_MAX.min((params / KEPT_PART_OF_PARAMS).max(KEPT_BYTES_MAX / 4))
+    }
+
+    /// Bytes of the master values.
+    fn params_bytes(&self) -> usize {
+        self.groups.bytes()
+    }
+
+    /// The gradient buffer of `group`, for as long as it is written to.
+    fn take_grads(&mut self, group: usize) -> Vec<f32> {
+        let mut grads = std::mem::take(&mut self.grads[group]);
+        grads.resize(self.groups[group].len(), 0.0);
+        grads
     }
 
     /// The gradient buffer of `group`, made on first use.
@@ -280,38 +341,40 @@ impl<E: BlockEngine> Transformer<E> {
         Ok(hidden_rh)
     }
 
-    /// The head and the loss in chunks: from hidden states to their gradient.
-    fn head_pass(&mut self, hidden_rh: &[f32], loss: &mut dyn HeadLoss) -> Result<Vec<f32>> {
-        let hidden = self.engine.config().hidden_size;
-        let rows = hidden_rh.len() / hidden;
+    /// Rows of the loss that the head takes at a time.
+    fn head_chunks(&self, rows: usize) -> Vec<Range<usize>> {
         let chunk_rows = self.head_chunk_rows();
-        let chunks: Vec<Range<usize>> =
-            (0..rows).step_by(chunk_rows).map(|start| start..rows.min(start + chunk_rows)).collect();
-        let part = |range: &Range<usize>| &hidden_rh[range.start * hidden..range.end * hidden];
-        let head_group = self.head_group();
-        let len = self.groups[head_group].len();
-        self.grads[head_group].resize(len, 0.0);
-        let mut logits_rv = std::mem::take(&mut self.logits_rv);
+        (0..rows).step_by(chunk_rows).map(|start| start..rows.min(start + chunk_rows)).collect()
+    }
+
+    /// The loss's first pass over the logits, where it needs one. Leaves the last chunk's in `logits_rv`.
+    fn observe(&self, hidden_rh: &[f32], loss: &mut dyn HeadLoss, logits_rv: &mut Vec<f32>) -> Result<()> {
+        let hidden = self.engine.config().hidden_size;
         if loss.needs_first_pass() {
-            for range in &chunks {
-                self.training_logits(part(range), &mut logits_rv)?;
-                loss.observe(range.clone(), &logits_rv)?;
+            for range in self.head_chunks(hidden_rh.len() / hidden) {
+                self.training_logits(&hidden_rh[range.start * hidden..range.end * hidden], logits_rv)?;
+                loss.observe(range, logits_rv)?;
             }
         }
+        Ok(())
+    }
+
+    /// The head and the loss in chunks: from hidden states to their gradient. That at the head's matrix is added to `grads`.
+    fn head_pass(&mut self, hidden_rh: &[f32], loss: &mut dyn HeadLoss, grads: &mut [f32]) -> Result<Vec<f32>> {
+        let hidden = self.engine.config().hidden_size;
+        let mut logits_rv = std::mem::take(&mut self.logits_rv);
+        self.observe(hidden_rh, loss, &mut logits_rv)?;
+        let chunks = self.head_chunks(hidden_rh.len() / hidden);
         let mut dhidden_rh = Vec::with_capacity(hidden_rh.len());
         for range in &chunks {
+            let part_rh = &hidden_rh[range.start * hidden..range.end * hidden];
             // With a single chunk the first pass's logits serve the second one too.
             if chunks.len() > 1 || !loss.needs_first_pass() {
-                self.training_logits(part(range), &mut logits_rv)?;
+                self.training_logits(part_rh, &mut logits_rv)?;
             }
             loss.gradient(range.clone(), &mut logits_rv)?;
-            dhidden_rh.extend(self.engine.head_vjp(
-                self.device.head(),
-                &self.groups[head_group],
-                part(range),
-                &logits_rv,
-                &mut self.grads[head_group],
-            )?);
+            let values = &self.groups[self.head_group()];
+            dhidden_rh.extend(self.engine.head_vjp(self.device.head(), values, part_rh, &logits_rv, grads)?);
         }
         self.logits_rv = logits_rv;
         Ok(dhidden_rh)
@@ -321,32 +384,56 @@ impl<E: BlockEngine> Transformer<E> {
         self.engine.head_of_masters(self.device.head(), &self.groups[self.head_group()], hidden_rh, out)
     }
 
+    /// Forward up to the head, keeping activations beside each block's input unless memory is to be spared.
+    fn forward(&mut self, batch: &TokenBatch, positions: &[Position], frugal: bool) -> Result<Forward<E>> {
+        self.prepare_training();
+        let tiles = plan(batch, positions, self.config(), self.engine.tile_tokens())?;
+        let geometries = self.geometries(&tiles);
+        let kept = self.forward_keep(&tiles, &geometries, frugal)?;
+        let (kept, outputs): (Vec<_>, Vec<_>) = kept.into_iter().unzip();
+        let found = self.engine.run_lanes(tiles.len(), &|index| {
+            self.engine.final_norm(&self.device.norm, outputs[index].clone(), &tiles[index].wanted)
+        });
+        let hidden_rh = self.gather_hidden(&tiles, found, positions.len())?;
+        Ok(Forward { tiles, geometries, kept, outputs, hidden_rh })
+    }
+
     /// Forward of all tiles: what each block keeps, and the output of the last.
     #[allow(clippy::type_complexity)] // a tile's two results
-    fn forward_keep(&self, tiles: &[Tile], geometries: &[E::Geometry]) -> Result<Vec<(Vec<E::Saved>, E::Tensor)>> {
+    fn forward_keep(
+        &self,
+        tiles: &[Tile],
+        geometries: &[E::Geometry],
+        frugal: bool,
+    ) -> Result<Vec<(Vec<E::Saved>, E::Tensor)>> {
         let tokens: usize = tiles.iter().map(|tile| tile.ids.len()).sum();
         let block_bytes = (self.engine.saved_bytes() * tokens).max(1);
         // The last blocks first: theirs is freed before the walk back comes to the others.
-        let recomputed = self.layers().saturating_sub(self.kept_bytes_max() / block_bytes);
+        let recomputed = self.layers().saturating_sub(if frugal { 0 } else { self.kept_bytes_max() / block_bytes });
         let masters = self.engine.trains_on_masters();
-        let found = self.engine.run_lanes(tiles.len(), &|index| {
+        let each = |index: usize| {
             let (tile, geometry) = (&tiles[index], &geometries[index]);
             let mut x = self.engine.embed(&self.device.embed, &self.groups[0], &tile.ids)?;
             let mut kept = Vec::with_capacity(self.layers());
             for (layer, block) in self.device.blocks.iter().enumerate() {
-                let (params, whole) = (masters.then_some(&*self.groups[1 + layer]), layer >= recomputed);
+                let (params, whole) = (masters.then(|| &self.groups[1 + layer]), layer >= recomputed);
                 let (y, saved) = self.engine.block_forward_keep(block, params, geometry, tile.b(), x, whole)?;
                 kept.push(saved);
                 x = y;
             }
             Ok((kept, x))
-        });
-        found.into_iter().collect()
+        };
+        match frugal {
+            // One after the other, so that only one is within a block.
+            true => (0..tiles.len()).flat_map(|tile| self.engine.run_lanes(1, &|_| each(tile))).collect(),
+            false => self.engine.run_lanes(tiles.len(), &each).into_iter().collect(),
+        }
     }
 
     /// Backward through the final norm: the gradient at the last block's output, tile by tile.
-    fn norm_backward(&mut self, tiles: &[Tile], outputs: Vec<E::Tensor>, dhidden_rh: &[f32]) -> Result<Vec<E::Tensor>> {
+    fn norm_backward(&mut self, forward: &mut Forward<E>, dhidden_rh: &[f32]) -> Result<Vec<E::Tensor>> {
         let hidden = self.engine.config().hidden_size;
+        let (tiles, outputs) = (&forward.tiles, std::mem::take(&mut forward.outputs));
         let found = self.engine.run_lanes(tiles.len(), &|index| {
             let tile = &tiles[index];
             let dy_rh =
@@ -362,6 +449,35 @@ impl<E: BlockEngine> Transformer<E> {
                 Ok(dx)
             })
             .collect()
+    }
+
+    /// Backward through the last block that `forward` still has, `tiles_max` tiles at a time: the gradient at its input. That
+    /// at its parameters is added to `grads`.
+    fn block_backward(
+        &self,
+        layer: usize,
+        forward: &mut Forward<E>,
+        dy: Vec<E::Tensor>,
+        tiles_max: usize,
+        grads: &mut [f32],
+    ) -> Result<Vec<E::Tensor>> {
+        let tiles = forward.tiles.iter().zip(&forward.geometries);
+        let saved = forward.kept.iter_mut().filter_map(Vec::pop);
+        let mut work = saved.zip(dy).zip(tiles).map(|((saved, dy), (tile, geometry))| BackwardTile {
+            geometry: geometry.clone(),
+            b: tile.b(),
+            saved,
+            dy,
+        });
+        let (block, params) = (&self.device.blocks[layer], &self.groups[1 + layer]);
+        let mut dx = Vec::with_capacity(forward.tiles.len());
+        loop {
+            let part: Vec<_> = work.by_ref().take(tiles_max).collect();
+            if part.is_empty() {
+                return Ok(dx);
+            }
+            dx.extend(self.engine.block_backward(block, params, part, grads)?);
+        }
     }
 }
 
@@ -446,35 +562,39 @@ impl<E: BlockEngine> Model for Transformer<E> {
 
     fn forward_backward(&mut self, batch: &TokenBatch, positions: &[Position], loss: &mut dyn HeadLoss) -> Result<()> {
         self.check_trainable()?;
-        self.prepare_training();
-        let tiles = plan(batch, positions, self.config(), self.engine.tile_tokens())?;
-        let geometries = self.geometries(&tiles);
-        let (mut kept, outputs): (Vec<_>, Vec<_>) = self.forward_keep(&tiles, &geometries)?.into_iter().unzip();
-        let found = self.engine.run_lanes(tiles.len(), &|index| {
-            self.engine.final_norm(&self.device.norm, outputs[index].clone(), &tiles[index].wanted)
-        });
-        let hidden_rh = self.gather_hidden(&tiles, found, positions.len())?;
-        let dhidden_rh = self.head_pass(&hidden_rh, loss)?;
-        let mut dy = self.norm_backward(&tiles, outputs, &dhidden_rh)?;
+        self.accumulated = true;
+        let mut forward = self.forward(batch, positions, false)?;
+        let head = self.head_group();
+        let mut grads = self.take_grads(head);
+        let dhidden_rh = self.head_pass(&forward.hidden_rh, loss, &mut grads);
+        self.grads[head] = grads;
+        let mut dy = self.norm_backward(&mut forward, &dhidden_rh?)?;
         for layer in (0..self.layers()).rev() {
-            let len = self.groups[1 + layer].len();
-            self.grads[1 + layer].resize(len, 0.0);
-            let saved = kept.iter_mut().filter_map(Vec::pop).zip(dy).zip(tiles.iter().zip(&geometries));
-            let work = saved.map(|((saved, dy), (tile, geometry))| BackwardTile {
-                geometry: geometry.clone(),
-                b: tile.b(),
-                saved,
-                dy,
-            });
-            let (block, params) = (&self.device.blocks[layer], &self.groups[1 + layer]);
-            dy = self.engine.block_backward(block, params, work.collect(), &mut self.grads[1 + layer])?;
+            let mut grads = self.take_grads(1 + layer);
+            let dx = self.block_backward(layer, &mut forward, dy, usize::MAX, &mut grads);
+            self.grads[1 + layer] = grads;
+            dy = dx?;
         }
         let len = self.groups[0].len();
         self.grads[0].resize(len, 0.0);
-        for (tile, dy) in tiles.iter().zip(dy) {
+        for (tile, dy) in forward.tiles.iter().zip(dy) {
             self.engine.embed_vjp(&tile.ids, dy, &mut self.grads[0])?;
         }
         Ok(())
+    }
+
+    fn updates_in_backward(&self) -> bool {
+        !self.engine.holds_blocks()
+    }
+
+    fn forward_backward_update(
+        &mut self,
+        batch: &TokenBatch,
+        positions: &[Position],
+        loss: &mut dyn HeadLoss,
+        updater: &mut dyn Updater,
+    ) -> Result<bool> {
+        self.backward_update(batch, positions, loss, updater)
     }
 
     fn read_grad(&self, index: usize) -> Vec<f32> {
@@ -495,9 +615,8 @@ impl<E: BlockEngine> Model for Transformer<E> {
     }
 
     fn zero_grads(&mut self) {
-        for grads in &mut self.grads {
-            grads.fill(0.0);
-        }
+        self.accumulated = false;
+        self.grads.iter_mut().for_each(|grads| update::clear(grads));
     }
 
     fn update_params(&mut self, update: &mut dyn FnMut(usize, &mut [f32], &mut [f32])) -> Result<()> {
@@ -526,9 +645,9 @@ impl<E: BlockEngine> Model for Transformer<E> {
         let (layers, groups) = (self.layers(), &self.groups);
         let device = OnDevice {
             embed: engine.embedding(&groups[0]),
-            blocks: groups[1..=layers].iter().map(|flat| engine.block(flat)).collect(),
+            blocks: groups.iter().skip(1).take(layers).map(|flat| engine.block(flat)).collect(),
             norm: engine.norm(&groups[1 + layers]),
-            head: groups.get(2 + layers).map(|values| engine.table(values)),
+            head: (groups.len() > 2 + layers).then(|| engine.table(&groups[2 + layers])),
         };
         self.decoding = Some(Decoding { engine, device, stale: vec![false; groups.len()] });
         Ok(())
@@ -547,3 +666,5 @@ impl<E: BlockEngine> Model for Transformer<E> {
 mod format_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod update_tests;

@@ -24,10 +24,14 @@ pub const K_BLOCK: usize = 256;
 const ROW_BLOCK: usize = 120;
 /// Panels of B that are copied at a time when B is not in panels already.
 const PANEL_BLOCK: usize = 16;
+/// The same where they are shallower than [`K_BLOCK`], so that A's rows are copied less often.
+const SHALLOW_PANEL_BLOCK: usize = 28;
 /// Numbers of the longest vector.
 const VECTOR_MAX: usize = 16;
 /// A micro-tile of few rows reads up to this many panels.
 const PANELS_MAX: usize = 4;
+/// Parts may take so much longer than the fastest ones if there are more of them.
+const PARTS_COST_MAX: f64 = 1.015;
 /// A product cheaper than this many nanoseconds stays on its thread.
 const SPREAD_NS: f64 = 12_000.0;
 
@@ -244,7 +248,10 @@ pub(crate) fn transpose_into<S: Simd>(
         while i < width {
             let mut block = [s.splat(0.0); 16];
             for (j, row) in block[..S::LANES.min(count.saturating_sub(i))].iter_mut().enumerate() {
-                *row = s.get(&rows[(i + j) * stride + p..]);
+                let row_p = &rows[(i + j) * stride + p..];
+                *row = s.get(row_p);
+                // The rows of the next panel come from memory, too short for the hardware to see a stream.
+                s.prefetch_far(row_p.as_ptr().wrapping_add(width * stride));
             }
             s.transpose(&mut block[..S::LANES]);
             for (q, column) in block[..S::LANES].iter().enumerate() {
@@ -361,13 +368,36 @@ fn cut(isa: Isa, job: &Job<'_>) -> (usize, usize) {
             let rows = row_blocks.min(wanted);
             (rows, wanted.div_ceil(rows).min(panels))
         }
-        // A's rows are copied for each part of the columns, and each block of panels; B for each part of the rows.
         Right::Rows(..) | Right::Columns(..) => {
-            let blocks = panels.div_ceil(PANEL_BLOCK / PANELS_MAX);
-            let cuts = (1..=row_blocks.min(wanted)).map(|rows| (rows, wanted.div_ceil(rows).min(panels)));
-            cuts.min_by_key(|(rows, columns)| m * blocks.max(*columns) + n * rows).unwrap_or((1, 1))
+            let parts =
+                (1..=row_blocks.min(wanted)).flat_map(|rows| (1..=(wanted / rows).min(panels)).map(move |c| (rows, c)));
+            let timed =
+                parts.map(|(rows, columns)| (copying_ns(isa, job.shape, threads, rows, columns), rows, columns));
+            let timed: Vec<(f64, usize, usize)> = timed.collect();
+            let least = timed.iter().map(|(ns, ..)| *ns).fold(f64::INFINITY, f64::min);
+            // More parts even out what else the machine does.
+            let good = timed.into_iter().filter(|(ns, ..)| *ns <= PARTS_COST_MAX * least);
+            good.max_by_key(|(_, rows, columns)| rows * columns).map_or((1, 1), |(_, rows, columns)| (rows, columns))
         }
     }
+}
+
+/// Nanoseconds until `threads` threads are through with a product that copies both factors, in these parts: A's rows are
+/// copied for each block of panels, and B's panels for each part of the rows.
+fn copying_ns(isa: Isa, shape: Shape, threads: usize, row_parts: usize, column_parts: usize) -> f64 {
+    const COPY_NS: f64 = 0.7;
+    let Shape { m, n, k } = shape;
+    let width = panel_width(isa);
+    let panels = n.div_ceil(width).div_ceil(column_parts).next_multiple_of(PANELS_MAX);
+    let rows = m.div_ceil(row_parts).next_multiple_of(ROW_BLOCK.min(12)) as f64;
+    let columns = (panels * width) as f64;
+    let each = 2.0 * rows * columns / 90.0 + COPY_NS * (rows * panels.div_ceil(panel_block(k)) as f64 + columns);
+    (row_parts * column_parts).div_ceil(threads) as f64 * each * k as f64
+}
+
+/// Panels of B that are copied at a time in a product of depth `k`: as many as the room for copies holds.
+fn panel_block(k: usize) -> usize {
+    (PANEL_BLOCK * K_BLOCK / k.clamp(1, K_BLOCK)).min(SHALLOW_PANEL_BLOCK) / PANELS_MAX * PANELS_MAX
 }
 
 thread_local! {
@@ -408,10 +438,11 @@ fn piece_body<S: Simd>(s: S, job: Job<'_>, rows: Range<usize>, panels: Range<usi
         }
         Right::Rows(data, data_stride) | Right::Columns(data, data_stride) => {
             let columns = matches!(job.right, Right::Columns(..));
-            let stride = K_BLOCK * width;
+            let stride = k.min(K_BLOCK) * width;
+            let panel_block = panel_block(k);
             let mut first_panel = panels.start;
             while first_panel < panels.end {
-                let panels = first_panel..panels.end.min(first_panel + PANEL_BLOCK);
+                let panels = first_panel..panels.end.min(first_panel + panel_block);
                 let mut first = 0;
                 while first < k {
                     let depth = first..k.min(first + K_BLOCK);
@@ -436,7 +467,7 @@ fn piece_body<S: Simd>(s: S, job: Job<'_>, rows: Range<usize>, panels: Range<usi
                     pass(s, &job, rows.clone(), panels.clone(), depth, a, b, stride);
                     first += K_BLOCK;
                 }
-                first_panel += PANEL_BLOCK;
+                first_panel += panel_block;
             }
         }
     }

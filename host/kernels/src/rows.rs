@@ -178,17 +178,16 @@ fn put_part<S: Simd>(s: S, to: &mut [f32], v: S::V, len: usize) {
 
 dispatched! {
     /// The vector-Jacobian product of [`swiglu`], and its result again. With `σ = σ(gate)`:
-    /// `dup = dout · gate·σ`, `dgate = dout · up · σ · (1 + gate · (1 − σ))`. Reads `dout` and leaves the result in its
-    /// place.
-    pub fn swiglu_vjp(gate_up: &[f32], width: usize, dout_to_out: &mut [f32], dgate_up: &mut [f32]) = swiglu_vjp_body;
+    /// `dup = dout · gate·σ`, `dgate = dout · up · σ · (1 + gate · (1 − σ))`. Leaves the gradient in the place of gate and up,
+    /// and the result in that of `dout`.
+    pub fn swiglu_vjp(gate_up_to_grad: &mut [f32], width: usize, dout_to_out: &mut [f32]) = swiglu_vjp_body;
 }
 
 #[inline(always)]
-fn swiglu_vjp_body<S: Simd>(s: S, gate_up: &[f32], width: usize, dout_to_out: &mut [f32], dgate_up: &mut [f32]) {
+fn swiglu_vjp_body<S: Simd>(s: S, gate_up_to_grad: &mut [f32], width: usize, dout_to_out: &mut [f32]) {
     let one = s.splat(1.0);
-    let rows = gate_up.chunks_exact(2 * width).zip(dgate_up.chunks_exact_mut(2 * width));
-    for ((row, drow), out) in rows.zip(dout_to_out.chunks_exact_mut(width)) {
-        let ((gate, up), (dgate, dup)) = (row.split_at(width), drow.split_at_mut(width));
+    for (row, out) in gate_up_to_grad.chunks_exact_mut(2 * width).zip(dout_to_out.chunks_exact_mut(width)) {
+        let (gate, up) = row.split_at_mut(width);
         let mut at = 0;
         while at < width {
             let len = S::LANES.min(width - at);
@@ -197,8 +196,8 @@ fn swiglu_vjp_body<S: Simd>(s: S, gate_up: &[f32], width: usize, dout_to_out: &m
             let silu = s.mul(g, sigma);
             // σ + g·σ·(1 − σ) = σ + silu·(1 − σ).
             let slope = s.fma(silu, s.sub(one, sigma), sigma);
-            put_part(s, &mut dgate[at..], s.mul(s.mul(d, u), slope), len);
-            put_part(s, &mut dup[at..], s.mul(d, silu), len);
+            put_part(s, &mut gate[at..], s.mul(s.mul(d, u), slope), len);
+            put_part(s, &mut up[at..], s.mul(d, silu), len);
             put_part(s, &mut out[at..], s.mul(silu, u), len);
             at += len;
         }
@@ -328,8 +327,8 @@ mod tests {
                 };
                 let mut out = vec![0.0; 2 * width];
                 swiglu(isa, &x, width, &mut out);
-                let (mut both, mut dx) = (dy.clone(), vec![0.0; 4 * width]);
-                swiglu_vjp(isa, &x, width, &mut both, &mut dx);
+                let (mut both, mut dx) = (dy.clone(), x.clone());
+                swiglu_vjp(isa, &mut dx, width, &mut both);
                 near(&both, &double(&out), "again");
                 for row in 0..2 {
                     let x = double(&x[row * 2 * width..][..2 * width]);

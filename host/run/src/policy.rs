@@ -10,6 +10,7 @@ use cosmos_engine::objective::{
     DistillKind, DistillSpec, LossType, Mass, Normaliser, ObjectiveSpec, PolicyLoss, Report, Sample, Summary,
     TeacherView, Variant,
 };
+use cosmos_engine::optim::StepStats;
 use cosmos_engine::score::{ScoreOptions, ScoreRequest, score};
 
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,18 @@ pub struct PolicyRole {
     mu_iterations: usize,
     rollout_is_old: bool,
     wants_rollout: bool,
+}
+
+/// What the micro-batches of one update share.
+struct MicroWork<'a> {
+    samples: &'a [Sample],
+    hidden: &'a [Vec<TeacherHidden>],
+    completions: &'a [Completion],
+    /// Samples of the update.
+    count: usize,
+    record: bool,
+    /// The step, where the only micro-batch makes the update within its backward.
+    update: Option<u64>,
 }
 
 /// What a step did.
@@ -123,21 +136,15 @@ impl PolicyRole {
                     work.run(student, heads, &micros, &mut outcome)?;
                 }
                 let alone = student.place.world == 1;
+                let update = student.updates_in_backward(micros.len())?.then_some(step);
+                let work =
+                    MicroWork { samples: &samples, hidden: &hidden, completions, count: slice.len(), record, update };
+                let mut stats = None;
                 for micro in micros.into_iter().filter(|_| alone) {
-                    let share = micro.len() as f64 / slice.len() as f64;
-                    self.micro_step(
-                        student,
-                        heads,
-                        &samples,
-                        &hidden,
-                        micro,
-                        share,
-                        record,
-                        completions,
-                        &mut outcome,
-                    )?;
+                    stats = self.micro_step(student, heads, &work, micro, &mut outcome)?;
                 }
-                let stats = student.optimizer_step(step)?;
+                // Without a row there was no backward, and yet weights decay.
+                let stats = stats.map_or_else(|| student.optimizer_step(step), Ok)?;
                 outcome.skipped += u64::from(!stats.finite);
                 outcome.grad_norm =
                     if stats.grad_norm.is_finite() { outcome.grad_norm.max(stats.grad_norm) } else { stats.grad_norm };
@@ -146,41 +153,43 @@ impl PolicyRole {
         Ok(outcome)
     }
 
+    /// Forward and backward of one micro-batch; what the update did, where it was made with them.
     fn micro_step(
         &self,
         student: &mut Student,
         heads: &mut [Box<dyn Head + '_>],
-        samples: &[Sample],
-        hidden: &[Vec<TeacherHidden>],
+        work: &MicroWork<'_>,
         micro: Range<usize>,
-        share: f64,
-        record: bool,
-        completions: &[Completion],
         outcome: &mut StepOutcome,
-    ) -> Result<()> {
-        let own = &samples[micro.clone()];
+    ) -> Result<Option<StepStats>> {
+        let share = micro.len() as f64 / work.count as f64;
+        let own = &work.samples[micro.clone()];
         let normaliser = Normaliser::of(&self.spec, own, share);
         let full = matches!(self.spec.distill, Some(DistillSpec { kind: DistillKind::FullVocab, .. }));
         let vocab = student.model.config().vocab_size;
         let shard = student.model.vocab_shard().ids();
         let mut source = match full && !heads.is_empty() {
             true => {
-                let mixed = self.mixture(heads, own, &hidden[micro.clone()], vocab);
+                let mixed = self.mixture(heads, own, &work.hidden[micro.clone()], vocab);
                 Some(mixed.and_then(|mixed| mixed.only(shard)).role("teacher")?)
             }
             false => None,
         };
         let source = source.as_mut().map(|s| s as &mut dyn LogitsSource);
         let mut loss = PolicyLoss::new(&self.spec, own, normaliser, source).role("student")?;
+        let mut stats = None;
         if loss.rows() > 0 {
             let (batch, positions) = loss.batch().role("student")?;
-            student.model.forward_backward(&batch, &positions, &mut loss).role("student")?;
+            match work.update {
+                Some(step) => stats = Some(student.backward_step(step, &batch, &positions, &mut loss)?),
+                None => student.model.forward_backward(&batch, &positions, &mut loss).role("student")?,
+            }
             outcome.tokens += batch.lens_b.iter().sum::<usize>() as u64;
         }
-        if record {
-            outcome.record(loss, &completions[micro], share);
+        if work.record {
+            outcome.record(loss, &work.completions[micro], share);
         }
-        Ok(())
+        Ok(stats)
     }
 
     /// The teachers' logits over the student's vocabulary (checkpoints pad their heads to different widths beyond the tokens

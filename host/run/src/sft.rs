@@ -26,12 +26,18 @@ pub fn example(item: &Item, response_ids: Vec<u32>, end_id: Option<u32>) -> SftS
 pub fn step(student: &mut Student, samples: &[SftSample], mini_batch: usize, step: u64) -> Result<StepOutcome> {
     let tokens: usize = samples.iter().map(SftSample::scored).sum();
     let weight = 1.0 / tokens.max(1) as f64;
+    let mut stats = None;
+    let in_backward = student.updates_in_backward(samples.len().div_ceil(mini_batch.max(1)))?;
     let mut outcome = StepOutcome { learning_rate: student.learning_rate(step), ..StepOutcome::default() };
     for micro in samples.chunks(mini_batch.max(1)) {
         let mut loss = SftLoss::new(micro, weight).role("student")?;
         if loss.rows() > 0 {
             let (batch, positions) = loss.batch().role("student")?;
-            student.model.forward_backward(&batch, &positions, &mut loss).role("student")?;
+            if in_backward {
+                stats = Some(student.backward_step(step, &batch, &positions, &mut loss)?);
+            } else {
+                student.model.forward_backward(&batch, &positions, &mut loss).role("student")?;
+            }
             outcome.tokens += batch.lens_b.iter().sum::<usize>() as u64;
         }
         outcome.loss_max = outcome.loss_max.max(loss.nll_sum() / loss.tokens().max(1) as f64);
@@ -40,7 +46,8 @@ pub fn step(student: &mut Student, samples: &[SftSample], mini_batch: usize, ste
         outcome.report.non_finite_rows += loss.non_finite_rows();
         outcome.top1 += loss.correct() as u64;
     }
-    let stats = student.optimizer_step(step)?;
+    // Without a token there was no backward, and yet weights decay.
+    let stats = stats.map_or_else(|| student.optimizer_step(step), Ok)?;
     outcome.skipped = u64::from(!stats.finite);
     outcome.grad_norm = stats.grad_norm;
     Ok(outcome)

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cosmos_config::shapes::{Amount, LearningRate};
-use cosmos_config::{Config, DecayType as Decay, OptimizerName};
-use cosmos_engine::model::{Model, ModelConfig};
+use cosmos_config::{Config, DecayType as Decay, OptimizerName, UpdateInBackward};
+use cosmos_engine::batch::{Position, TokenBatch};
+use cosmos_engine::model::{HeadLoss, Model, ModelConfig};
 use cosmos_engine::optim::{Adam, AdamConfig, DecayType, Moments, Schedule, StepStats, Warmup};
 use cosmos_engine::sharded;
 use cosmos_parallel::{Axis, Collective, RankGroups};
@@ -25,6 +26,7 @@ pub struct Student {
     schedule: Schedule,
     lr: f64,
     clip_norm_max: Option<f64>,
+    update_in_backward: UpdateInBackward,
     /// The replicas that make this step together; none when it is one.
     members: Option<Members>,
     /// Where this rank is among those of its replica.
@@ -96,6 +98,7 @@ impl Student {
             schedule: schedule(config, total_steps)?,
             lr: global_lr(&train.optm_lr)?,
             clip_norm_max: (train.optm_grad_norm_clip > 0.0).then_some(train.optm_grad_norm_clip),
+            update_in_backward: config.host.update_in_backward,
             members: None,
             place: Place::of(groups),
         })
@@ -113,6 +116,48 @@ impl Student {
         let stats = self.adam.step(self.model.as_mut(), lr, self.clip_norm_max).role("student")?;
         self.model.zero_grads();
         Ok(stats)
+    }
+
+    /// Whether an update made of `micro_batches` goes on within their backward ([`Student::backward_step`]), where nothing
+    /// is needed of all gradients together.
+    ///
+    /// # Errors
+    /// `host.update_in_backward = "always"` where that cannot be.
+    pub fn updates_in_backward(&self, micro_batches: usize) -> Result<bool> {
+        let policies = self.members.as_ref().map_or(1, |members| members.group.world());
+        let obstacle = if let Some(max) = self.clip_norm_max {
+            Some((format!("gradients are clipped to a norm of {max}"), "set `train.optm_grad_norm_clip = 0`"))
+        } else if self.place.world > 1 || policies > 1 {
+            let message = format!("gradients are sums over {policies} policies of {} ranks", self.place.world);
+            Some((message, "set it to \"auto\""))
+        } else if micro_batches > 1 {
+            let message = format!("an update is made of {micro_batches} micro-batches");
+            Some((message, "raise `mini_batch` or `max_token_len_per_mini_batch`, or set it to \"auto\""))
+        } else if !self.model.updates_in_backward() {
+            Some(("this device does not do it".to_string(), "set it to \"auto\""))
+        } else {
+            None
+        };
+        match (self.update_in_backward, obstacle) {
+            (UpdateInBackward::Never, _) => Ok(false),
+            (_, None) => Ok(true),
+            (UpdateInBackward::Auto, Some(_)) => Ok(false),
+            (UpdateInBackward::Always, Some((message, hint))) => {
+                Err(RunError::config("", format!("`host.update_in_backward = \"always\"`, but {message}"), hint))
+            }
+        }
+    }
+
+    /// Forward, backward and the optimizer step in one. Not finite: nothing changed.
+    pub fn backward_step(
+        &mut self,
+        step: u64,
+        batch: &TokenBatch,
+        positions: &[Position],
+        loss: &mut dyn HeadLoss,
+    ) -> Result<StepStats> {
+        let lr = self.learning_rate(step);
+        self.adam.step_in_backward(self.model.as_mut(), lr, batch, positions, loss).role("student")
     }
 
     /// Names the replicas that make the next steps together with this one.
@@ -160,7 +205,7 @@ impl Student {
         let specs = self.model.whole_params().to_vec();
         let mut state = Vec::new();
         for (index, ((name, moments), spec)) in self.adam.state().zip(specs).enumerate() {
-            for (kind, values) in [("exp_avg", &moments.m), ("exp_avg_sq", &moments.v)] {
+            for (kind, values) in [("exp_avg", moments.m), ("exp_avg_sq", moments.v)] {
                 let values = self.model.gather(index, values).role("student")?;
                 if keep {
                     state.push(HostTensor { name: format!("{name}.{kind}"), shape: spec.shape.clone(), values });
@@ -276,3 +321,7 @@ fn schedule(config: &Config, total_steps: u64) -> Result<Schedule> {
     schedule.check().role("student")?;
     Ok(schedule)
 }
+
+#[cfg(test)]
+#[path = "student_tests.rs"]
+mod tests;

@@ -20,6 +20,8 @@ table! {
         /// Steps in a row that may be skipped for a loss or gradient that is not finite before the run stops. Not in the original.
         #[schemars(range(min = 1))]
         pub bad_steps_max: usize = 3,
+        /// When a parameter is updated. Within the backward, as soon as its gradient is complete, the gradients are never there all at once, which spares a quarter of training's memory; weights and losses are the same, bit for bit. It needs an update that is made of one micro-batch on one rank of one policy, without clipping (`train.optm_grad_norm_clip = 0`, since a norm is known only when all gradients are). A gradient that turns out not to be finite after other parameters were updated ends the run, where a later update leaves such a step out. Not in the original.
+        pub update_in_backward: UpdateInBackward = UpdateInBackward::Auto,
         /// Who talks with the student with `rollout.multi_turn_config.enable`, as `plugin/environment`; absent: the only one that the plugins offer. Not in the original.
         pub environment: Option<String> = None,
         /// Completions recorded per step, with rewards and per-token KL. Not in the original.
@@ -107,6 +109,18 @@ table! {
         /// What this plugin's validation datasets and rewards get in place of `validation.dataset`. Not in the original.
         pub validation_dataset: Option<Dataset> = None,
     }
+}
+
+/// When a parameter is updated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum UpdateInBackward {
+    /// Within the backward where that changes no bit of the weights.
+    Auto,
+    /// Within the backward; a run where that cannot be is refused.
+    Always,
+    /// After the backward.
+    Never,
 }
 
 /// How trained weights reach rollouts in other processes.

@@ -36,7 +36,7 @@ mod unused;
 
 pub use distillation::{Distillation, MassRule, ObjectiveKind, SupportRule, TeacherEntry, Wire, WireDtype};
 pub use grpo::{GrpoConfig, LossType, OverlongReward, RemoteReward, RemoteRewardFn, Variant};
-pub use host::{Host, Plugin, WeightsTransport};
+pub use host::{Host, Plugin, UpdateInBackward, WeightsTransport};
 pub use policy::{Lora, Parallelism, PipelineSchedule, Policy};
 pub use records::{Logging, Profiler, SubProfiler};
 pub use rollout::{AsyncConfig, MultiTurn, Quantization, R2rSync, Rollout, RolloutMode, Sampling, Validation};

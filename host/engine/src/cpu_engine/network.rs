@@ -267,9 +267,8 @@ impl Run<'_> {
         let t = z.len() / h / b;
 
         let mut inner = self.back(&dy, weight(&layout.down), h, f);
-        let mut dgate_up = Buffer::dirty(gate_up.len());
-        rows::swiglu_vjp(self.isa, &gate_up, f, &mut inner, &mut dgate_up);
-        drop(gate_up);
+        let mut dgate_up = gate_up;
+        rows::swiglu_vjp(self.isa, &mut dgate_up, f, &mut inner);
         let dz_normed = self.back_joint(&dgate_up, weight(&layout.gate_up), 2 * f, h)?;
         let mut dz = Buffer::of(&dy);
         let mut dpost_norm = vec![0.0; h];

@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use cosmos_kernels::{Isa, vocabulary};
 use rayon::prelude::*;
 
 use super::divergence::{self, Divergence};
 use super::facts::{Asked, Facts};
 use super::report::Report;
+use super::row_gradient::RowGradient;
 use super::spec::{DistillKind, DistillSpec, Mass, Normaliser, ObjectiveSpec, Sample, TeacherView, Variant};
 use super::surrogate::{SEQUENCE_LOG_RATIO_MAX, TokenLoss, reference_kl, token_loss, token_ratio};
 use crate::batch::{Position, TokenBatch};
@@ -29,6 +29,8 @@ pub struct PolicyLoss<'a> {
     observed: Vec<Option<Observed>>,
     report: Report,
     row_kl: Vec<f32>,
+    /// The gradients of the rows that were settled.
+    settled: Vec<RowGradient>,
 }
 
 /// What the rows share, read by all of them at once.
@@ -142,7 +144,8 @@ impl<'a> PolicyLoss<'a> {
         let observed = vec![None; rows.len()];
         let task = Task { spec, samples, rows, ranges, weights, entropy_weight, plan: None, shard: None };
         let needs_first_pass = task.needs_first_pass();
-        Ok(Self { task, teacher, teacher_rv: Vec::new(), needs_first_pass, observed, report, row_kl })
+        let (teacher_rv, settled) = (Vec::new(), Vec::new());
+        Ok(Self { task, teacher, teacher_rv, needs_first_pass, observed, report, row_kl, settled })
     }
 
     /// Number of rows; when it is 0 there is nothing to run.
@@ -208,6 +211,15 @@ impl<'a> PolicyLoss<'a> {
             self.teacher_rv.par_chunks_mut(1 << 16).for_each(|part| apply_temperature(part, temperature));
         }
         Ok(())
+    }
+
+    /// What depends on whole sequences, once every row was seen.
+    fn make_plan(&mut self) {
+        if self.task.plan.is_none() && self.task.needs_plan() {
+            self.task.plan = Some(self.task.plan(&self.observed));
+            let kept = self.task.plan.iter().flat_map(|plan| &plan.keep);
+            self.report.masked_sequences += kept.filter(|keep| !**keep).count();
+        }
     }
 
     fn check_chunk(&self, rows: &Range<usize>, logits: usize) -> Result<usize> {
@@ -319,17 +331,8 @@ impl HeadLoss for PolicyLoss<'_> {
             let facts = task.facts_of_parts(&rows, own_rv, &mut self.teacher_rv)?;
             facts.iter().enumerate().map(|(r, facts)| task.observe(row_of(r), facts.as_ref()?)).collect()
         } else {
-            let temperature = task.spec.temperature;
             let one = |scaled_v: &mut Vec<f32>, r: usize, z_v: &[f32], teacher_v: Option<&mut [f32]>| {
-                let own_v = if divides(temperature) {
-                    // The chunk still serves the model.
-                    scaled_v.clear();
-                    scaled_v.extend_from_slice(z_v);
-                    apply_temperature(scaled_v, temperature);
-                    scaled_v
-                } else {
-                    z_v
-                };
+                let own_v = task.tempered(z_v, scaled_v);
                 task.observe(row_of(r), &Facts::of(&task.asked(row_of(r)), own_v, teacher_v)?)
             };
             // The teacher's rows are fetched again for the gradient, so the divergence may write into them.
@@ -349,11 +352,7 @@ impl HeadLoss for PolicyLoss<'_> {
 
     fn gradient(&mut self, rows: Range<usize>, logits_rv: &mut [f32]) -> Result<()> {
         let width = self.check_chunk(&rows, logits_rv.len())?;
-        if self.task.plan.is_none() && self.task.needs_plan() {
-            self.task.plan = Some(self.task.plan(&self.observed));
-            let kept = self.task.plan.iter().flat_map(|plan| &plan.keep);
-            self.report.masked_sequences += kept.filter(|keep| !**keep).count();
-        }
+        self.make_plan();
         self.fetch_teacher(&rows, logits_rv.len())?;
         let task = &self.task;
         let temperature = task.spec.temperature;
@@ -386,6 +385,36 @@ impl HeadLoss for PolicyLoss<'_> {
         self.collect(rows, outcomes);
         Ok(())
     }
+
+    fn remakes(&self) -> bool {
+        let whole = matches!(self.task.spec.distill, Some(DistillSpec { kind: DistillKind::FullVocab, .. }));
+        // What a teacher says about every id is too much to keep, and would have to be computed again.
+        self.task.shard.is_none() && !whole
+    }
+
+    fn settle(&mut self, rows: Range<usize>, logits_rv: &[f32]) -> Result<()> {
+        let width = self.check_chunk(&rows, logits_rv.len())?;
+        self.make_plan();
+        let task = &self.task;
+        let found: Vec<(RowOutcome, RowGradient)> = logits_rv
+            .par_chunks(width)
+            .enumerate()
+            .map_init(Vec::new, |scaled_v, (r, z_v)| {
+                let row = task.rows[rows.start + r];
+                let facts = Facts::of(&task.asked(row), task.tempered(z_v, scaled_v), None);
+                task.settled(rows.start + r, row, facts.as_ref())
+            })
+            .collect();
+        let (outcomes, gradients): (Vec<RowOutcome>, Vec<RowGradient>) = found.into_iter().unzip();
+        self.settled.resize_with(self.task.rows.len(), RowGradient::default);
+        self.settled.splice(rows.clone(), gradients);
+        self.collect(rows, outcomes);
+        Ok(())
+    }
+
+    fn remake(&self, rows: Range<usize>, first: usize, logits_rp: &mut [f32]) -> Result<()> {
+        RowGradient::remake(&self.settled, rows, first, logits_rp, self.task.spec.temperature)
+    }
 }
 
 /// How the divergence of a row acts.
@@ -398,6 +427,17 @@ struct Pull {
 }
 
 impl Task<'_> {
+    /// A row over the temperature, in `scaled_v` where that has an effect: the chunk still serves the model.
+    fn tempered<'v>(&self, z_v: &'v [f32], scaled_v: &'v mut Vec<f32>) -> &'v [f32] {
+        if !divides(self.spec.temperature) {
+            return z_v;
+        }
+        scaled_v.clear();
+        scaled_v.extend_from_slice(z_v);
+        apply_temperature(scaled_v, self.spec.temperature);
+        scaled_v
+    }
+
     fn distill(&self, sample: usize) -> Option<&DistillSpec> {
         self.spec.distill.as_ref().filter(|_| self.samples[sample].teacher != TeacherView::NotDistilled)
     }
@@ -485,14 +525,6 @@ impl Task<'_> {
         let Some(shard) = &self.shard else { return Ok(Vec::new()) };
         let asked: Vec<Asked> = self.rows[rows.clone()].iter().map(|row| self.asked(*row)).collect();
         Facts::of_parts(shard, &asked, logits_rv, teacher_rv)
-    }
-
-    /// Where an id lies in the rows of this rank, if it does.
-    fn place(&self, id: u32) -> Option<usize> {
-        match &self.shard {
-            None => Some(id as usize),
-            Some(shard) => shard::local(shard, id),
-        }
     }
 
     /// The divergence of a row.
@@ -620,21 +652,19 @@ impl Task<'_> {
         z_v: &mut [f32],
         teacher_v: Option<&mut [f32]>,
     ) -> RowOutcome {
-        let outcome = facts.map(|facts| self.gradient_of_finite(index, row, facts, z_v, teacher_v));
-        outcome.filter(|o| o.finite).unwrap_or_else(|| {
-            z_v.fill(0.0);
-            RowOutcome::default()
-        })
+        let (outcome, gradient) = self.settled(index, row, facts);
+        let first = self.shard.as_ref().map_or(0, |shard| shard.first);
+        gradient.write(first, z_v, teacher_v.as_deref(), self.spec.temperature);
+        outcome
     }
 
-    fn gradient_of_finite(
-        &self,
-        index: usize,
-        row: Row,
-        facts: &Facts,
-        z_v: &mut [f32],
-        teacher_v: Option<&mut [f32]>,
-    ) -> RowOutcome {
+    /// What a row adds to the report, and its gradient; neither where a number is not finite.
+    fn settled(&self, index: usize, row: Row, facts: Option<&Facts>) -> (RowOutcome, RowGradient) {
+        let found = facts.map(|facts| self.settled_finite(index, row, facts));
+        found.filter(|found| found.0.finite).unwrap_or_default()
+    }
+
+    fn settled_finite(&self, index: usize, row: Row, facts: &Facts) -> (RowOutcome, RowGradient) {
         let spec = self.spec;
         let stats = facts.stats;
         let c = stats.log_prob(facts.logits[0]);
@@ -700,18 +730,8 @@ impl Task<'_> {
             .iter()
             .all(|x| x.is_finite());
         let kl_finite = distilled.is_none_or(|d| d.kl.is_finite());
-        if finite && kl_finite {
-            self.write(
-                z_v,
-                &stats,
-                self.place(self.target(row)),
-                at_target,
-                weight * pull_weight,
-                pull.as_ref(),
-                teacher_v,
-            );
-        }
-        RowOutcome { finite: finite && kl_finite, ..outcome }
+        let gradient = self.row_gradient(row, &stats, at_target, weight * pull_weight, pull.as_ref());
+        (RowOutcome { finite: finite && kl_finite, ..outcome }, gradient)
     }
 
     fn distilled(&self, index: usize, row: Row, c: f64, distill: &DistillSpec, pull: Option<&Pull>) -> Distilled {
@@ -768,39 +788,27 @@ impl Task<'_> {
         outcome
     }
 
-    /// d loss / d logits from the derivatives by log-probs: G − p·ΣG, over the temperature.
-    fn write(
+    /// d loss / d logits from the derivatives by log-probs: G − p·ΣG.
+    fn row_gradient(
         &self,
-        z_v: &mut [f32],
+        row: Row,
         stats: &RowStats,
-        target: Option<usize>,
         at_target: f64,
         pull_weight: f64,
         pull: Option<&Pull>,
-        teacher_v: Option<&mut [f32]>,
-    ) {
+    ) -> RowGradient {
         let pull_sum =
             pull.map_or(0.0, |p| pull_weight * if p.dense { p.divergence.gradient_sum } else { p.sparse_sum });
         let entropy = self.entropy_weight;
         // d(−w·H)/dz = w·p·(log p + H).
-        stats.write_gradient(z_v, entropy * stats.entropy - at_target - pull_sum, entropy);
-        if let Some(target) = target {
-            z_v[target] += at_target as f32;
-        }
+        let mut gradient = RowGradient::new(stats, entropy * stats.entropy - at_target - pull_sum, entropy);
+        gradient.add(self.target(row), at_target);
         match pull {
-            Some(pull) if pull.dense => {
-                vocabulary::add_scaled(Isa::best(), z_v, teacher_v.unwrap_or(&mut []), pull_weight as f32);
-            }
-            Some(pull) => {
-                for (id, slope) in &pull.sparse {
-                    if let Some(at) = self.place(*id) {
-                        z_v[at] += (pull_weight * slope) as f32;
-                    }
-                }
-            }
+            Some(pull) if pull.dense => gradient.by_teacher = Some(pull_weight as f32),
+            Some(pull) => pull.sparse.iter().for_each(|(id, slope)| gradient.add(*id, pull_weight * slope)),
             None => {}
         }
-        apply_temperature(z_v, self.spec.temperature);
+        gradient
     }
 }
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::row_gradient::RowGradient;
 use crate::batch::{Position, TokenBatch};
 use crate::model::{HeadLoss, VocabShard};
 use crate::score::shard::{self, PartStats, RowPart, pick};
@@ -49,6 +50,8 @@ pub struct SftLoss {
     non_finite_rows: usize,
     /// Which ids the rows hold, where it is not all of them.
     shard: Option<VocabShard>,
+    /// The gradients of the rows that were settled.
+    settled: Vec<RowGradient>,
 }
 
 impl SftLoss {
@@ -84,6 +87,7 @@ impl SftLoss {
             correct: 0,
             non_finite_rows: 0,
             shard: None,
+            settled: Vec::new(),
         })
     }
 
@@ -133,22 +137,9 @@ impl SftLoss {
     }
 }
 
-impl HeadLoss for SftLoss {
-    fn set_vocab_shard(&mut self, shard: &VocabShard) -> Result<()> {
-        shard::check(shard)?;
-        self.shard = (!shard.is_whole()).then(|| shard.clone());
-        Ok(())
-    }
-
-    fn needs_first_pass(&self) -> bool {
-        false
-    }
-
-    fn observe(&mut self, _rows: Range<usize>, _logits_rv: &[f32]) -> Result<()> {
-        Ok(())
-    }
-
-    fn gradient(&mut self, rows: Range<usize>, logits_rv: &mut [f32]) -> Result<()> {
+impl SftLoss {
+    /// Takes the losses of a chunk of rows in; the gradients at its logits.
+    fn take(&mut self, rows: &Range<usize>, logits_rv: &[f32]) -> Result<Vec<RowGradient>> {
         let Some(targets) =
             self.targets.get(rows.clone()).filter(|t| !t.is_empty() && logits_rv.len().is_multiple_of(t.len()))
         else {
@@ -182,39 +173,60 @@ impl HeadLoss for SftLoss {
                 whole.into_iter().map(|row| row.own.map(|stats| (stats, row.picked[0]))).collect()
             }
         };
-        let place = |target: u32| match &self.shard {
-            None => Some(target as usize),
-            Some(shard) => shard::local(shard, target),
-        };
-        let weight = self.weight;
-        let outcomes: Vec<Option<(f64, bool)>> = logits_rv
-            .par_chunks_mut(width)
-            .zip(targets)
-            .zip(found)
-            .map(|((z_v, &target), found)| {
-                let found = found.map(|(stats, z)| (stats, stats.log_prob(z)));
-                let Some((stats, log_prob)) = found.filter(|f| f.1.is_finite()) else {
-                    z_v.fill(0.0);
-                    return None;
-                };
-                stats.write_gradient(z_v, weight, 0.0);
-                if let Some(at) = place(target) {
-                    z_v[at] -= weight as f32;
-                }
-                Some((-log_prob, stats.argmax == target))
-            })
-            .collect();
-        for outcome in outcomes {
+        let mut gradients = Vec::with_capacity(targets.len());
+        for (found, &target) in found.into_iter().zip(targets) {
             self.seen += 1;
-            match outcome {
-                Some((nll, correct)) => {
-                    self.nll += nll;
-                    self.correct += usize::from(correct);
-                }
-                None => self.non_finite_rows += 1,
-            }
+            let found = found.map(|(stats, z)| (stats, stats.log_prob(z)));
+            let Some((stats, log_prob)) = found.filter(|f| f.1.is_finite()) else {
+                self.non_finite_rows += 1;
+                gradients.push(RowGradient::default());
+                continue;
+            };
+            self.nll -= log_prob;
+            self.correct += usize::from(stats.argmax == target);
+            let mut gradient = RowGradient::new(&stats, self.weight, 0.0);
+            gradient.add(target, -self.weight);
+            gradients.push(gradient);
         }
+        Ok(gradients)
+    }
+}
+
+impl HeadLoss for SftLoss {
+    fn set_vocab_shard(&mut self, shard: &VocabShard) -> Result<()> {
+        shard::check(shard)?;
+        self.shard = (!shard.is_whole()).then(|| shard.clone());
         Ok(())
+    }
+
+    fn needs_first_pass(&self) -> bool {
+        false
+    }
+
+    fn observe(&mut self, _rows: Range<usize>, _logits_rv: &[f32]) -> Result<()> {
+        Ok(())
+    }
+
+    fn gradient(&mut self, rows: Range<usize>, logits_rv: &mut [f32]) -> Result<()> {
+        let gradients = self.take(&rows, logits_rv)?;
+        let first = self.shard.as_ref().map_or(0, |shard| shard.first);
+        RowGradient::write_all(&gradients, first, logits_rv, 1.0);
+        Ok(())
+    }
+
+    fn remakes(&self) -> bool {
+        self.shard.is_none()
+    }
+
+    fn settle(&mut self, rows: Range<usize>, logits_rv: &[f32]) -> Result<()> {
+        let gradients = self.take(&rows, logits_rv)?;
+        self.settled.resize_with(self.rows(), RowGradient::default);
+        self.settled.splice(rows, gradients);
+        Ok(())
+    }
+
+    fn remake(&self, rows: Range<usize>, first: usize, logits_rp: &mut [f32]) -> Result<()> {
+        RowGradient::remake(&self.settled, rows, first, logits_rp, 1.0)
     }
 }
 

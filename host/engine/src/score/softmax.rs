@@ -66,11 +66,6 @@ impl RowStats {
         // The difference first: it is exact where it matters.
         (f64::from(z) - f64::from(self.max)) - self.sum.ln()
     }
-
-    /// Replaces each logit by `p · (a + b · log p)`, the gradient of everything that acts on the whole row alike.
-    pub fn write_gradient(&self, z_v: &mut [f32], a: f64, b: f64) {
-        vocabulary::weigh(Isa::best(), z_v, self.distribution(), a as f32, b as f32);
-    }
 }
 
 /// Divides by the temperature as the original does: only when it is above 1e-6 and not 1.

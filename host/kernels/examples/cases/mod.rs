@@ -143,9 +143,10 @@ fn rows_of_activations(cases: &mut Vec<Case>) {
         let (gate_up, dout) = (numbers(2 * out_len), numbers(out_len));
         let (mut out, mut dgate_up) = (vec![0.0; out_len], vec![0.0; 2 * out_len]);
         move || {
-            // The gradient's buffer becomes the activations, so it has to be filled again.
+            // The gradient's buffer becomes the activations, and the other way round, so both have to be filled again.
             out.copy_from_slice(&dout);
-            rows::swiglu_vjp(isa, &gate_up, f, &mut out, &mut dgate_up);
+            dgate_up.copy_from_slice(&gate_up);
+            rows::swiglu_vjp(isa, &mut dgate_up, f, &mut out);
         }
     }));
     let width = HEADS.width();

@@ -1,0 +1,56 @@
+//! Master values of all groups of parameters.
+
+use std::ops::{Index, IndexMut, Range};
+
+/// The values of one group after the other in one buffer: memory comes in large pages, and what an allocation each would lose
+/// to them comes to hundredths of a model.
+pub(super) struct Groups {
+    values: Vec<f32>,
+    ranges: Vec<Range<usize>>,
+}
+
+impl Groups {
+    /// None yet, with room for `len` values.
+    pub fn with_capacity(len: usize) -> Self {
+        Self { values: Vec::with_capacity(len), ranges: Vec::new() }
+    }
+
+    /// Adds a group of the values that `fill` appends.
+    pub fn push<T, F>(&mut self, fill: F) -> Result<T, crate::EngineError>
+    where
+        F: FnOnce(&mut Vec<f32>) -> Result<T, crate::EngineError>,
+    {
+        let start = self.values.len();
+        let found = fill(&mut self.values)?;
+        self.ranges.push(start..self.values.len());
+        Ok(found)
+    }
+
+    /// Number of groups.
+    pub fn len(&self) -> usize {
+        self.ranges.len()
+    }
+
+    /// The groups in order.
+    pub fn iter(&self) -> impl Iterator<Item = &[f32]> {
+        self.ranges.iter().map(|range| &self.values[range.clone()])
+    }
+
+    /// Bytes of all values.
+    pub fn bytes(&self) -> usize {
+        4 * self.values.len()
+    }
+}
+
+impl Index<usize> for Groups {
+    type Output = [f32];
+    fn index(&self, group: usize) -> &[f32] {
+        &self.values[self.ranges[group].clone()]
+    }
+}
+
+impl IndexMut<usize> for Groups {
+    fn index_mut(&mut self, group: usize) -> &mut [f32] {
+        &mut self.values[self.ranges[group].clone()]
+    }
+}
