@@ -10,7 +10,7 @@ use crate::sft;
 
 fn config(update: &str, clip: f64, mini_batch: usize) -> Config {
     let toml = format!(
-        "[train]\nseed = 5\noptm_lr = 1e-2\noptm_warmup_steps = 0\noptm_grad_norm_clip = {clip}\n\
+        "[train]\nseed = 5\noptm_lr = 1e-2\noptm_warmup_steps = 0\noptm_grad_norm_clip = {clip}\ntrain_batch_per_replica = 6\n\
          [host]\nrandom_init = true\nupdate_in_backward = \"{update}\"\n\
          [train.train_policy]\ntype = \"grpo\"\nmini_batch = {mini_batch}\n"
     );
