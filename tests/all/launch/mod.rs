@@ -76,6 +76,7 @@ fn a_slurm_job_is_printed_and_nothing_is_written() {
         (&["--mount-dirs", "/tmp:/data"][..], "--cosmos-container"),
         (&["--job-name", "../a"], "is no name"),
         (&["--duration", "-1"], "no number of hours"),
+        (&["--set", "host.device=tpu"], "which is no device: this build offers cpu"),
     ] {
         assert!(refused(&[&job[..], more].concat()).contains(said), "{more:?}");
     }

@@ -25,6 +25,8 @@ fn driver_in(text: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
+const DEVICES: &str = "`cpu`, `burn:flex` or `burn:cuda`";
+
 /// What this build can compute on.
 fn offered() -> Vec<&'static str> {
     let mut devices = vec!["cpu", "burn:flex"];
@@ -34,12 +36,18 @@ fn offered() -> Vec<&'static str> {
     devices
 }
 
-/// Why this build cannot compute on a GPU that the config asks for, and the fix.
+/// Why this build cannot compute on the device that the config asks for, and the fix.
 pub fn lacks_device(device: &str) -> Option<(String, String)> {
-    let lacks = uses_gpus(device) && !cfg!(feature = "burn-cuda");
+    let offers = format!("this build offers {}", offered().join(", "));
+    if !uses_gpus(device) {
+        let known = offered().contains(&device);
+        return (!known)
+            .then(|| (format!("`host.device` is `{device}`, which is no device: {offers}"), format!("use {DEVICES}")));
+    }
+    let lacks = !cfg!(feature = "burn-cuda");
     lacks.then(|| {
         (
-            format!("`host.device` is `{device}`, and this build offers {}", offered().join(", ")),
+            format!("`host.device` is `{device}`, and {offers}"),
             "build the program with `--features burn-cuda`, or set `host.device = \"cpu\"`".to_owned(),
         )
     })
