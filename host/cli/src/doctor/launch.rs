@@ -90,7 +90,8 @@ fn plugins(files: &[PathBuf], resolved: Option<&Resolved>) -> Finding {
     let finding = if !missing.is_empty() {
         Finding::new("plugin_files", needed_for, Status::Problem, format!("not on this node: {}", missing.join(", ")))
             .fix("copy them to the same path on every node, or put them on a shared file system")
-    } else if let Some(Err(error)) = resolved.map(|resolved| cosmos_run::prepare::check_plugins(resolved, files)) {
+    } else if let Some(error) = resolved.and_then(|resolved| cosmos_run::prepare::check_plugins(resolved, files).err())
+    {
         let fix = error.hint().unwrap_or_else(|| "`cosmos-host plugin inspect FILE` shows what it is".into());
         Finding::new("plugin_files", needed_for, Status::Problem, error.to_string()).fix(fix)
     } else {
