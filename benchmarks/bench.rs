@@ -126,6 +126,10 @@ fn compare(arguments: &Arguments) -> Result<Value> {
     rollout(student.as_mut(), &sequences, prompt_len)?;
     score_all(teacher.as_mut(), few, prompt_len, micro_batch)?;
     accumulate(student.as_mut(), teacher.as_mut(), few, prompt_len, micro_batch)?;
+    let settings = AdamConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0, ..AdamConfig::default() };
+    let mut adam = Adam::new(settings, student.params());
+    // A rate of 0 touches the moments' memory and leaves the weights as they are.
+    adam.step(student.as_mut(), 0.0, Some(1.0))?;
     student.zero_grads();
 
     if let Ok(only) = arguments.text("only") {
@@ -149,8 +153,6 @@ fn compare(arguments: &Arguments) -> Result<Value> {
     let (rollout_seconds, rollout_cpu, tokens) = timed_both(|| rollout(student.as_mut(), &sequences, prompt_len))?;
     let (score_seconds, score_cpu, logprob_sum) =
         timed_both(|| score_all(teacher.as_mut(), &sequences, prompt_len, micro_batch))?;
-    let settings = AdamConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0, ..AdamConfig::default() };
-    let mut adam = Adam::new(settings, student.params());
     let (train_seconds, train_cpu, report) = timed_both(|| {
         let report = accumulate(student.as_mut(), teacher.as_mut(), &sequences, prompt_len, micro_batch)?;
         let stats = adam.step(student.as_mut(), 1e-4, Some(1.0))?;
