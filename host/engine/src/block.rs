@@ -21,15 +21,6 @@ pub struct DecodeRow {
     pub position: usize,
 }
 
-/// What is attended to soon after a call of [`BlockEngine::block_decode`]: caches, of the same block where there are none
-/// here, and the rows that will read them. An engine may fetch them while it computes.
-pub struct Ahead<'a, E: BlockEngine> {
-    /// Of the block that comes next.
-    pub kv: Option<&'a [E::Kv]>,
-    /// Empty if nothing is known to come.
-    pub rows: &'a [DecodeRow],
-}
-
 /// One tile on its way back through a block.
 pub struct BackwardTile<E: BlockEngine> {
     /// Of the tile's length.
@@ -291,38 +282,17 @@ pub trait BlockEngine: Send + Sync + 'static {
     }
     /// Rows that incremental steps should be padded to, so that a row's result does not depend on how many there are.
     fn decode_rows(&self, rows: usize) -> usize;
-    /// Rows of [`BlockEngine::block_decode`] that should go together, where they are single tokens of as many sequences
-    /// (`single`) or whole prompts.
-    fn decode_group(&self, single: bool) -> usize {
-        let _ = single;
-        usize::MAX
-    }
-    /// One block over single tokens `x` (`[rows or more, hidden]`; rows beyond `rows` are padding): appends their keys
-    /// and values to the caches `kv[slot]` and attends to what these hold.
-    fn block_decode(
+    /// `blocks` over tokens `x` (`[rows or more, hidden]`; rows beyond `rows` are padding): each appends their keys and
+    /// values to its caches `kv[block][slot]` and attends to what these hold. Of the last block, only the rows `wanted` are
+    /// read: activations, and where those rows lie in them.
+    fn blocks_decode(
         &self,
-        block: &Self::Block,
-        kv: &mut [Self::Kv],
+        blocks: &[Self::Block],
+        kv: &mut [&mut [Self::Kv]],
         rows: &[DecodeRow],
+        wanted: &[u32],
         x: Self::Tensor,
-        ahead: Ahead<'_, Self>,
-    ) -> Result<Self::Tensor>
-    where
-        Self: Sized;
-    /// As [`BlockEngine::block_decode`] for the last block, of which only the rows `wanted` are read: activations, and where
-    /// those rows lie in them.
-    fn block_decode_last(
-        &self,
-        block: &Self::Block,
-        kv: &mut [Self::Kv],
-        rows: &[DecodeRow],
-        wanted: Vec<u32>,
-        x: Self::Tensor,
-        ahead: Ahead<'_, Self>,
     ) -> Result<(Self::Tensor, Vec<u32>)>
     where
-        Self: Sized,
-    {
-        Ok((self.block_decode(block, kv, rows, x, ahead)?, wanted))
-    }
+        Self: Sized;
 }

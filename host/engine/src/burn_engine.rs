@@ -9,7 +9,7 @@ use std::sync::{Mutex, RwLock};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use crate::block::{Ahead, BackwardTile, BlockEngine, DecodeRow};
+use crate::block::{BackwardTile, BlockEngine, DecodeRow};
 use crate::model::{Model, ModelConfig};
 use crate::rope::{self, Rope};
 use crate::walker::Transformer;
@@ -362,13 +362,29 @@ impl BlockEngine for BurnEngine {
         rows.max(least).next_multiple_of(DECODE_ROWS)
     }
 
+    fn blocks_decode(
+        &self,
+        blocks: &[BlockParams],
+        kv: &mut [&mut [HostKv]],
+        rows: &[DecodeRow],
+        wanted: &[u32],
+        mut x: Tensor<2>,
+    ) -> Result<(Tensor<2>, Vec<u32>)> {
+        for (block, kv) in blocks.iter().zip(kv) {
+            x = self.block_decode(block, kv, rows, x)?;
+        }
+        Ok((x, wanted.to_vec()))
+    }
+}
+
+impl BurnEngine {
+    /// One block over single tokens.
     fn block_decode(
         &self,
         block: &BlockParams,
         kv: &mut [HostKv],
         rows: &[DecodeRow],
         x: Tensor<2>,
-        _ahead: Ahead<'_, Self>,
     ) -> Result<Tensor<2>> {
         let [padded, _] = x.dims();
         let mut positions: Vec<usize> = rows.iter().map(|row| row.position).collect();

@@ -5,18 +5,16 @@
 //! Tiles run side by side, one thread each, when there are enough of them; otherwise each kernel spreads over the threads.
 //! Neither changes a result.
 
-use std::cell::RefCell;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use cosmos_kernels::gemm::{K_BLOCK, Left, Right, Shape, gemm};
-use cosmos_kernels::page::{Page, attend};
-use cosmos_kernels::{Isa, ahead, rows, threads};
+use cosmos_kernels::{Isa, rows, threads};
 use cosmos_parallel::RankGroups;
 use rayon::prelude::*;
 
-use crate::block::{Ahead, BackwardTile, BlockEngine, DecodeRow, HeadPart};
+use crate::block::{BackwardTile, BlockEngine, DecodeRow, HeadPart};
 use crate::model::{Model, ModelConfig, ParamSpec, WeightFormat};
 use crate::rope::Rope;
 use crate::sharded::cut::TpPart;
@@ -26,6 +24,7 @@ use crate::{EngineError, Result, weights};
 
 mod arena;
 mod cache;
+mod decode;
 mod inside;
 mod layout;
 mod matrix;
@@ -51,13 +50,6 @@ const HEAD_PART_BYTES: usize = 8 << 20;
 const KV_SHARE: f64 = 0.5;
 /// Taken as available where the system does not say.
 const MEMORY_BYTES_ASSUMED: usize = 8 << 30;
-/// Single tokens of as many sequences that a thread takes through a block together: so many that their products make use of
-/// the weights that they read, so few that keys and values fetched for them meanwhile are still in a cache when they are used.
-const STEP_ROWS: usize = 32;
-/// Tokens of prompts that a thread takes through a block together: their activations stay in the second cache.
-const PROMPT_ROWS: usize = 128;
-/// Single tokens are spread over the threads when they read more than this many numbers.
-const ATTEND_SPREAD: usize = 1 << 18;
 
 /// A model on the CPU from a Hugging Face folder.
 pub fn load(folder: &Path) -> Result<Box<dyn Model>> {
@@ -542,116 +534,16 @@ impl BlockEngine for CpuEngine {
         rows
     }
 
-    fn decode_group(&self, single: bool) -> usize {
-        match (single, threads::available() > 1) {
-            (true, _) => STEP_ROWS,
-            (false, false) => PROMPT_ROWS,
-            // Its kernels spread over the threads, which wants many rows.
-            (false, true) => TILE_TOKENS,
-        }
-    }
-
-    fn block_decode(
+    fn blocks_decode(
         &self,
-        block: &CpuBlock,
-        kv: &mut [Cache],
+        blocks: &[CpuBlock],
+        kv: &mut [&mut [Cache]],
         rows: &[DecodeRow],
+        wanted: &[u32],
         x: Arc<Buffer>,
-        ahead: Ahead<'_, Self>,
-    ) -> Result<Arc<Buffer>> {
-        let run = self.run(block.weights());
-        let qkv = self.append(&run, kv, rows, &x)?;
-        self.decode(&run, kv, rows, &qkv, &x, ahead)
-    }
-
-    fn block_decode_last(
-        &self,
-        block: &CpuBlock,
-        kv: &mut [Cache],
-        rows: &[DecodeRow],
-        wanted: Vec<u32>,
-        x: Arc<Buffer>,
-        ahead: Ahead<'_, Self>,
     ) -> Result<(Arc<Buffer>, Vec<u32>)> {
-        let run = self.run(block.weights());
-        let qkv = self.append(&run, kv, rows, &x)?;
-        if wanted.len() == rows.len() {
-            return Ok((self.decode(&run, kv, rows, &qkv, &x, ahead)?, wanted));
-        }
-        let own: Vec<DecodeRow> = wanted.iter().map(|row| rows[*row as usize]).collect();
-        let (qkv, x) = (pick(&qkv, &wanted, self.layout.heads.row()), pick(&x, &wanted, self.layout.hidden));
-        Ok((self.decode(&run, kv, &own, &qkv, &x, ahead)?, (0..wanted.len() as u32).collect()))
-    }
-}
-
-/// The rows `wanted` of some that are `width` wide.
-fn pick(rows: &[f32], wanted: &[u32], width: usize) -> Buffer {
-    let mut own = Buffer::dirty(wanted.len() * width);
-    for (own, row) in own.chunks_exact_mut(width).zip(wanted) {
-        own.copy_from_slice(&rows[*row as usize * width..][..width]);
-    }
-    own
-}
-
-impl CpuEngine {
-    /// Queries, keys and values of single tokens, the latter appended to the caches.
-    fn append(&self, run: &Run<'_>, kv: &mut [Cache], rows: &[DecodeRow], x: &[f32]) -> Result<Buffer> {
-        let heads = self.layout.heads;
-        let longest = rows.iter().map(|row| row.position + 1).max().unwrap_or(0);
-        let turns = self.geometry(longest);
-        let raw = run.project(run.weights.qkv, &run.norm(x, run.weights.input_norm));
-        let qkv = run.turned(&raw, &turns, |index| rows[index].position);
-        for (row, qkv) in rows.iter().zip(qkv.chunks_exact(heads.row())) {
-            let kv = &mut kv[row.slot];
-            if kv.len() != row.position {
-                return Err(EngineError::invalid(
-                    format!("slot {} holds {} tokens, token {} cannot follow", row.slot, kv.len(), row.position),
-                    "",
-                ));
-            }
-            let (keys, values) = qkv[heads.width()..].split_at(heads.kv_heads * heads.dim);
-            kv.push(keys, values)?;
-        }
-        Ok(qkv)
-    }
-
-    /// The rest of a block over single tokens, whose keys and values the caches hold.
-    fn decode(
-        &self,
-        run: &Run<'_>,
-        kv: &[Cache],
-        rows: &[DecodeRow],
-        qkv: &[f32],
-        x: &[f32],
-        ahead: Ahead<'_, Self>,
-    ) -> Result<Arc<Buffer>> {
-        thread_local! {
-            /// Held while one token is attended to, which stays on its thread.
-            static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-        }
-        let heads = self.layout.heads;
-        let (row_width, width) = (heads.row(), heads.width());
-        let mut mixed = Buffer::dirty(rows.len() * width);
-        let read: usize = rows.iter().map(|row| row.position).sum::<usize>() * width;
-        let each = rows.len().div_ceil(8 * self.lanes()).max(1);
-        threads::each_part(&mut mixed, each * width, read > ATTEND_SPREAD, |part, mixed| {
-            let mut pages: Vec<&Page> = Vec::new();
-            for (index, out) in mixed.chunks_exact_mut(width).enumerate() {
-                let index = part * each + index;
-                let row = rows[index];
-                pages.clear();
-                pages.extend(kv[row.slot].pages());
-                let queries = &qkv[index * row_width..][..width];
-                let next = rows.get(index + 1).and_then(|row| kv[row.slot].pages().next());
-                SCORES.with_borrow_mut(|scores| {
-                    attend(self.isa, heads, &pages, row.position + 1, queries, scores, out, next);
-                });
-            }
-        });
-        let coming = ahead.kv.unwrap_or(kv);
-        ahead::fetch(ahead.rows.iter().flat_map(|row| coming[row.slot].read()));
-        let z = run.add_projected(run.weights.o, &mixed, x)?;
-        Ok(Arc::new(run.finish(&z, &run.gate_up(&z))?))
+        let x = self.walk(blocks, kv, rows, wanted, &x)?;
+        Ok((Arc::new(x), (0..wanted.len() as u32).collect()))
     }
 }
 
@@ -669,30 +561,44 @@ mod tests {
         ModelConfig::from_json(text, Path::new("config.json")).unwrap()
     }
 
-    /// Completions of twelve prompts, three each, with room for `tokens` tokens.
-    fn run(tokens: usize, new_tokens: usize) -> Result<Vec<(u64, usize, Vec<u32>)>> {
+    /// Completions of `count` prompts, three each, with room for `tokens` tokens and `slots` sequences.
+    fn run(
+        count: usize,
+        slots: usize,
+        tokens: usize,
+        new_tokens: usize,
+    ) -> Result<Vec<(u64, usize, Vec<u32>, Vec<f32>)>> {
         let config = config();
         let heads = Layout::of(&config).heads;
-        let bytes = tokens / cosmos_kernels::page::PAGE_TOKENS * config.num_hidden_layers * Page::bytes(heads);
+        let pages = tokens / cosmos_kernels::page::PAGE_TOKENS * config.num_hidden_layers;
         let values = weights::random(&config, 5);
+        let bytes = pages * cosmos_kernels::page::Page::bytes(heads);
         let mut model = Transformer::new(CpuEngine::with_kv_bytes(config, bytes), values)?;
-        let requests: Vec<GenerateRequest> = (0..12)
+        let requests: Vec<GenerateRequest> = (0..count)
             .map(|id| GenerateRequest {
-                id,
-                prompt: vec![id as u32, 7, 9],
+                id: id as u64,
+                prompt: [id as u32 % 31, 7, 9].into_iter().cycle().take(3 + id % 70).collect(),
                 n: 3,
                 max_new_tokens: new_tokens,
                 ..GenerateRequest::default()
             })
             .collect();
-        let options = GenerateOptions { slots: 24, ..GenerateOptions::default() };
+        let options = GenerateOptions { slots, logprobs: true, ..GenerateOptions::default() };
         let mut all = Vec::new();
         generate(&mut model, &requests, &SamplingParams::default(), &options, &mut |done| {
-            all.push((done.id, done.index, done.tokens));
+            all.push((done.id, done.index, done.tokens, done.logprobs));
             ControlFlow::Continue(())
         })?;
-        all.sort();
+        all.sort_by_key(|one| (one.0, one.1));
         Ok(all)
+    }
+
+    #[test]
+    fn sequences_are_the_same_in_any_company() {
+        // More than one group on each thread, so that some are attended to within the products of others.
+        let all = run(100, 300, 1 << 16, 40).unwrap();
+        assert_eq!(all.len(), 300);
+        assert!(all == run(100, 5, 1 << 16, 40).unwrap());
     }
 
     #[test]
@@ -708,12 +614,12 @@ mod tests {
 
     #[test]
     fn sequences_wait_for_memory() {
-        let all = run(1 << 16, 100).unwrap();
+        let all = run(12, 24, 1 << 16, 100).unwrap();
         assert_eq!(all.len(), 36);
         // Three of them fit at a time.
-        assert_eq!(run(3 * 192, 100).unwrap(), all);
+        assert_eq!(run(12, 24, 3 * 192, 100).unwrap(), all);
         // A single one that does not fit is refused with a way out.
-        let error = run(64, 100).unwrap_err();
+        let error = run(12, 24, 64, 100).unwrap_err();
         assert!(error.to_string().contains("MiB") && error.hint().is_some(), "{error}");
     }
 }

@@ -2,9 +2,11 @@
 //!
 //! Attention over cached tokens reads far more than it computes, products of matrices the reverse. Whoever knows what
 //! attention will read names it here before the products that come first; these then ask for a line with every step of
-//! their sums, so that memory and arithmetic are busy at once. Nothing but time depends on it.
+//! their sums, so that memory and arithmetic are busy at once. What has arrived may even be used between their tiles, before
+//! other things take its place in the caches. Nothing but time depends on it.
+#![allow(unsafe_code)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 
 /// Numbers of a cache line.
@@ -16,32 +18,95 @@ pub(crate) const LINE: usize = 16;
 struct Span {
     at: *const f32,
     lines: usize,
+    /// Whether it ends one of the things that were named.
+    last: bool,
 }
 
 thread_local! {
     static SPANS: RefCell<VecDeque<Span>> = const { RefCell::new(VecDeque::new()) };
+    static ASKED: Cell<usize> = const { Cell::new(0) };
+    static MEANWHILE: Cell<Option<*mut (dyn FnMut() + 'static)>> = const { Cell::new(None) };
+    static THEN: Cell<*const f32> = const { Cell::new(std::ptr::null()) };
 }
 
-/// Forgets what this thread was to fetch, and names what its next products fetch instead, in the order of `spans`.
-pub fn fetch<'a>(spans: impl Iterator<Item = &'a [f32]>) {
+/// Names what is read right after this thread's next product: the weights of the one that follows.
+pub(crate) fn follow(numbers: &[f32]) {
+    THEN.set(numbers.as_ptr());
+}
+
+/// What [`follow`] named, or null.
+pub(crate) fn then() -> *const f32 {
+    THEN.replace(std::ptr::null())
+}
+
+/// Forgets what this thread was to fetch, and names what its next products fetch instead: things in their order, each the
+/// spans that it consists of.
+pub fn fetch<'a, T: Iterator<Item = &'a [f32]>>(things: impl Iterator<Item = T>) {
     SPANS.with_borrow_mut(|queue| {
         queue.clear();
-        queue.extend(spans.map(|span| Span { at: span.as_ptr(), lines: span.len().div_ceil(LINE) }));
+        for spans in things {
+            queue.extend(spans.map(|span| Span { at: span.as_ptr(), lines: span.len().div_ceil(LINE), last: false }));
+            queue.back_mut().into_iter().for_each(|span| span.last = true);
+        }
     });
+    ASKED.set(0);
 }
 
-/// Where to ask for the next `lines` lines, if there is anything to ask for. Those beyond a span's end do no harm.
-pub(crate) fn take(lines: usize) -> Option<*const f32> {
-    SPANS.with_borrow_mut(|queue| {
-        let span = queue.front_mut()?;
+/// How many of the things named to [`fetch`] this thread has wholly asked for.
+pub fn asked() -> usize {
+    ASKED.get()
+}
+
+/// What is still to be fetched, while a product asks for it.
+pub(crate) struct Requests(VecDeque<Span>);
+
+impl Requests {
+    pub fn new() -> Self {
+        Self(SPANS.take())
+    }
+
+    /// Where to ask for the next `lines` lines, if there is anything to ask for. Those beyond a span's end do no harm.
+    #[inline(always)]
+    pub fn take(&mut self, lines: usize) -> Option<*const f32> {
+        let span = self.0.front_mut()?;
         let at = span.at;
         if span.lines > lines {
-            *span = Span { at: at.wrapping_add(lines * LINE), lines: span.lines - lines };
+            (span.at, span.lines) = (at.wrapping_add(lines * LINE), span.lines - lines);
         } else {
-            queue.pop_front();
+            ASKED.set(ASKED.get() + usize::from(span.last));
+            self.0.pop_front();
         }
         Some(at)
-    })
+    }
+}
+
+impl Drop for Requests {
+    fn drop(&mut self) {
+        SPANS.set(std::mem::take(&mut self.0));
+    }
+}
+
+/// Runs `run`, of whose products those on this thread call `work` now and then.
+pub fn along<R>(work: &mut (dyn FnMut() + '_), run: impl FnOnce() -> R) -> R {
+    struct Restore(Option<*mut (dyn FnMut() + 'static)>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            MEANWHILE.set(self.0);
+        }
+    }
+    // SAFETY: only the lifetime changes, and the pointer is gone before `work` is anyone else's again.
+    let work = unsafe { std::mem::transmute::<*mut (dyn FnMut() + '_), *mut (dyn FnMut() + 'static)>(work) };
+    let _restore = Restore(MEANWHILE.replace(Some(work)));
+    run()
+}
+
+/// Where a product does what [`along`] was given.
+pub(crate) fn meanwhile() {
+    if let Some(work) = MEANWHILE.take() {
+        // SAFETY: `along` runs on this thread and keeps it borrowed; nobody else has the pointer until it is put back.
+        unsafe { (*work)() };
+        MEANWHILE.set(Some(work));
+    }
 }
 
 #[cfg(test)]
@@ -51,14 +116,34 @@ mod tests {
     #[test]
     fn spans_are_asked_for_in_order_and_once() {
         let (first, second) = ([0.0f32; 40], [0.0f32; 16]);
-        fetch([&first[..], &[], &second].into_iter());
+        fetch([vec![&first[..], &[]], vec![&second]].into_iter().map(Vec::into_iter));
         // 40 numbers are two lines and a half.
-        let found: Vec<_> = std::iter::from_fn(|| take(2)).collect();
-        assert_eq!(found[..2], [first.as_ptr(), first[32..].as_ptr()]);
-        assert_eq!((found.len(), found[found.len() - 1]), (4, second.as_ptr()));
+        let take = |lines| Requests::new().take(lines);
+        let found: Vec<_> = std::iter::from_fn(|| take(2).map(|at| (at, asked()))).collect();
+        assert_eq!(found[..2], [(first.as_ptr(), 0), (first[32..].as_ptr(), 0)]);
+        assert_eq!((found.len(), found[2].1, found[3]), (4, 1, (second.as_ptr(), 2)));
         // What comes later replaces what is left.
-        fetch([&first[..]].into_iter());
-        fetch([&second[..]].into_iter());
-        assert_eq!((take(256), take(256)), (Some(second.as_ptr()), None));
+        fetch([[&first[..]].into_iter()].into_iter());
+        fetch([[&second[..]].into_iter()].into_iter());
+        assert_eq!((take(256), take(256), asked()), (Some(second.as_ptr()), None, 1));
+    }
+
+    #[test]
+    fn work_is_done_along_with_what_runs() {
+        let (mut outer, mut inner) = (0, 0);
+        along(&mut || outer += 1, || {
+            meanwhile();
+            // Work that is away is not called by itself.
+            along(
+                &mut || {
+                    inner += 1;
+                    meanwhile()
+                },
+                meanwhile,
+            );
+            meanwhile();
+        });
+        meanwhile();
+        assert_eq!((outer, inner), (2, 1));
     }
 }

@@ -30,6 +30,8 @@ const SHALLOW_PANEL_BLOCK: usize = 28;
 const VECTOR_MAX: usize = 16;
 /// A micro-tile of few rows reads up to this many panels.
 const PANELS_MAX: usize = 4;
+/// Streams of memory that a micro-tile may ask for while it runs.
+const STREAMS: usize = 3;
 /// Parts may take so much longer than the fastest ones if there are more of them.
 const PARTS_COST_MAX: f64 = 1.015;
 /// A product cheaper than this many nanoseconds stays on its thread.
@@ -81,26 +83,39 @@ pub(crate) struct Tile {
     /// `[panel][k][width]`, panels `panel_stride` apart.
     b: *const f32,
     panel_stride: usize,
+    /// Whether the first column is in the middle of a panel.
+    odd: bool,
     k: usize,
     c: *mut f32,
     c_stride: usize,
     /// Columns of C that exist here.
     columns: usize,
     add: bool,
-    /// What is wanted soon after this tile, asked for line by line while it runs.
-    next: *const f32,
-    /// As `next`, for what is computed after the product.
-    ahead: *const f32,
+    /// What is wanted soon after this tile; one of two vectors asks for the first two only.
+    soon: [Stream; STREAMS],
+}
+
+/// Memory that a micro-tile asks for, a line with every row of k.
+#[derive(Clone, Copy)]
+struct Stream {
+    at: *const f32,
+    /// How far it goes with a row.
+    step: usize,
 }
 
 /// # Safety
-/// `tile.a` may be read for `k · ROWS` numbers, `tile.b` for `k` rows in each of `VECTORS / 2` panels, and `tile.c` read
+/// `tile.a` may be read for `k · ROWS` numbers, `tile.b` for `k` rows of `VECTORS` vectors, two in a panel, and `tile.c` read
 /// and written in `ROWS` rows of `min(columns, VECTORS · LANES)` numbers.
 #[inline(always)]
 pub(crate) unsafe fn micro_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(s: S, tile: &Tile) {
     let width = 2 * S::LANES;
     let mut sums = [[s.splat(0.0); VECTORS]; ROWS];
-    let (mut a, mut b, mut next, mut ahead) = (tile.a, tile.b, tile.next, tile.ahead);
+    let mut places = [0; VECTORS];
+    for (j, place) in (usize::from(tile.odd)..).zip(&mut places) {
+        *place = j / 2 * tile.panel_stride + j % 2 * S::LANES;
+    }
+    let (mut a, mut b, mut soon) = (tile.a, tile.b, tile.soon);
+    let streams = if VECTORS == 3 { STREAMS } else { 2 };
     for i in 0..ROWS {
         // C is read or written only at the end, and comes from memory: it is asked for now.
         let c = tile.c.wrapping_add(i * tile.c_stride);
@@ -109,13 +124,14 @@ pub(crate) unsafe fn micro_tile<S: Simd, const ROWS: usize, const VECTORS: usize
         }
     }
     for _ in 0..tile.k {
-        s.prefetch_far(next);
-        s.prefetch_far(ahead);
-        (next, ahead) = (next.wrapping_add(S::LANES), ahead.wrapping_add(LINE));
+        for stream in &mut soon[..streams] {
+            s.prefetch_far(stream.at);
+            stream.at = stream.at.wrapping_add(stream.step);
+        }
         let mut row = [s.splat(0.0); VECTORS];
-        for (j, b_j) in row.iter_mut().enumerate() {
-            // SAFETY: row `k` of panel j / 2 lies within what the caller promised.
-            *b_j = unsafe { s.load(b.add(j / 2 * tile.panel_stride + j % 2 * S::LANES)) };
+        for (b_j, place) in row.iter_mut().zip(&places) {
+            // SAFETY: row `k` of this vector lies within what the caller promised.
+            *b_j = unsafe { s.load(b.add(*place)) };
         }
         for (i, sums) in sums.iter_mut().enumerate() {
             // SAFETY: as above, for `a`.
@@ -127,25 +143,32 @@ pub(crate) unsafe fn micro_tile<S: Simd, const ROWS: usize, const VECTORS: usize
         // SAFETY: at most one past the end.
         (a, b) = unsafe { (a.add(ROWS), b.add(width)) };
     }
-    for (i, sums) in sums.iter().enumerate() {
-        // SAFETY: row i of C.
-        let c = unsafe { tile.c.add(i * tile.c_stride) };
-        for (j, sum) in sums.iter().enumerate() {
-            let columns = tile.columns.saturating_sub(j * S::LANES);
-            let to = c.wrapping_add(j * S::LANES);
-            if columns >= S::LANES {
-                // SAFETY: all columns of this vector exist.
-                unsafe { s.store(to, if tile.add { s.add(s.load(to), *sum) } else { *sum }) };
-            } else {
-                let mut spilt = [0.0f32; 16];
-                s.put(&mut spilt, *sum);
-                for (at, sum) in spilt[..columns].iter().enumerate() {
-                    // SAFETY: the first `columns` of this vector exist.
-                    unsafe {
-                        let to = to.add(at);
-                        *to = if tile.add { *to + sum } else { *sum };
-                    }
+    if tile.columns >= VECTORS * S::LANES {
+        for (i, sums) in sums.iter().enumerate() {
+            for (j, sum) in sums.iter().enumerate() {
+                // SAFETY: row i of C, in which all of these columns exist.
+                unsafe {
+                    let to = tile.c.add(i * tile.c_stride + j * S::LANES);
+                    s.store(to, if tile.add { s.add(s.load(to), *sum) } else { *sum });
                 }
+            }
+        }
+        return;
+    }
+    // Apart, with sums in memory, so that those above stay in registers.
+    let mut spilt = [[[0.0f32; VECTOR_MAX]; VECTORS]; ROWS];
+    for (spilt, sums) in spilt.iter_mut().zip(&sums) {
+        for (spilt, sum) in spilt.iter_mut().zip(sums) {
+            s.put(spilt, *sum);
+        }
+    }
+    for (i, spilt) in spilt.iter().enumerate() {
+        for column in 0..tile.columns {
+            // SAFETY: these columns of row i of C exist.
+            unsafe {
+                let to = tile.c.add(i * tile.c_stride + column);
+                let sum = spilt[column / S::LANES][column % S::LANES];
+                *to = if tile.add { *to + sum } else { sum };
             }
         }
     }
@@ -185,6 +208,11 @@ impl Packed {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         4 * self.data.capacity()
+    }
+
+    /// Says that a product with this matrix follows the next one of this thread.
+    pub fn follows(&self) {
+        ahead::follow(&self.data);
     }
 
     /// Becomes the transpose of `n` rows of k numbers, `stride` apart, in the memory that it has.
@@ -431,9 +459,11 @@ fn piece_body<S: Simd>(s: S, job: Job<'_>, rows: Range<usize>, panels: Range<usi
             let mut first = 0;
             while first < k {
                 let depth = first..k.min(first + K_BLOCK);
-                let from = &packed.data[panels.start * stride + first * width..];
-                pass(s, &job, rows.clone(), panels.clone(), depth, a, from, stride);
+                let numbers = &packed.data[panels.start * stride + first * width..];
                 first += K_BLOCK;
+                let then = if first < k { numbers[K_BLOCK * width..].as_ptr() } else { ahead::then() };
+                let from = Panels { numbers, stride, then };
+                pass(s, &job, rows.clone(), panels.clone(), depth, a, from);
             }
         }
         Right::Rows(data, data_stride) | Right::Columns(data, data_stride) => {
@@ -464,7 +494,8 @@ fn piece_body<S: Simd>(s: S, job: Job<'_>, rows: Range<usize>, panels: Range<usi
                             );
                         }
                     }
-                    pass(s, &job, rows.clone(), panels.clone(), depth, a, b, stride);
+                    let from = Panels { numbers: b, stride, then: std::ptr::null() };
+                    pass(s, &job, rows.clone(), panels.clone(), depth, a, from);
                     first += K_BLOCK;
                 }
                 first_panel += panel_block;
@@ -473,7 +504,18 @@ fn piece_body<S: Simd>(s: S, job: Job<'_>, rows: Range<usize>, panels: Range<usi
     }
 }
 
-/// One block of k: `b` starts at the first of `panels`, `stride` numbers apart, in row `depth.start`.
+/// Panels of one block of k.
+#[derive(Clone, Copy)]
+struct Panels<'a> {
+    /// From the first number on.
+    numbers: &'a [f32],
+    /// From one panel to the next.
+    stride: usize,
+    /// What is read after the last of them.
+    then: *const f32,
+}
+
+/// One block of k.
 #[inline(always)]
 fn pass<S: Simd>(
     s: S,
@@ -482,48 +524,99 @@ fn pass<S: Simd>(
     panels: Range<usize>,
     depth: Range<usize>,
     a: &mut [f32],
-    b: &[f32],
-    stride: usize,
+    from: Panels<'_>,
 ) {
-    let (width, k) = (2 * S::LANES, depth.len());
+    let (first_column, k) = (panels.start * 2 * S::LANES, depth.len());
+    let vectors = (job.shape.n - first_column).div_ceil(S::LANES).min(2 * panels.len());
+    let mut ahead = ahead::Requests::new();
     for block in rows.clone().step_by(ROW_BLOCK) {
         let block = block..rows.end.min(block + ROW_BLOCK);
         copy_rows(s, job.left, block.clone(), depth.clone(), a);
         let group = group_rows::<S>(block.len());
-        let taken = s.panels(block.len());
-        for panel in panels.clone().step_by(taken) {
-            let column = panel * width;
-            let next_panel = b.as_ptr().wrapping_add((panel + taken - panels.start) * stride);
+        let mut vector = 0;
+        while vector < vectors {
+            let taken = s.vectors(group, vectors - vector);
+            let column = first_column + vector * S::LANES;
             for (index, row) in block.clone().step_by(group).enumerate() {
                 let count = group.min(block.end - row);
+                let place =
+                    Place { tile: index, tiles: block.len().div_ceil(group), vector, taken, panels: panels.len(), k };
                 let tile = Tile {
                     a: a[(row - block.start) * k..].as_ptr(),
-                    b: b[(panel - panels.start) * stride..].as_ptr(),
-                    // The last rows of a larger block read their one panel again where a tile of their size has more.
-                    panel_stride: if s.panels(count) > taken { 0 } else { stride },
+                    b: from.numbers[vector / 2 * from.stride..].as_ptr(),
+                    panel_stride: from.stride,
+                    odd: vector % 2 > 0,
                     k,
                     // SAFETY: within C, whose size was checked.
                     c: unsafe { job.out.0.add(row * job.out_stride + column) },
                     c_stride: job.out_stride,
-                    columns: (job.shape.n - column).min(taken * width),
+                    columns: (job.shape.n - column).min(taken * S::LANES),
                     add: job.add || depth.start > 0,
-                    // The first two tiles of a panel ask for a half of the next one each.
-                    next: if index < 2 { next_panel.wrapping_add(index * k * S::LANES) } else { a.as_ptr() },
-                    // Where there is nothing, what is near anyway.
-                    ahead: ahead::take(k).unwrap_or(a.as_ptr()),
+                    soon: soon::<S>(place, from, &mut ahead, a.as_ptr()),
                 };
-                // SAFETY: `a` holds `count` rows of this block. The panels are there: parts are whole groups of panels,
+                // SAFETY: `a` holds `count` rows of this block. The vectors are there: parts are whole groups of panels,
                 // and so are packed matrices and the copies. C was checked, and no other part has these rows and panels.
-                unsafe { s.micro(count, &tile) };
+                unsafe { s.micro(count, s.vectors(count, taken), &tile) };
             }
+            ahead::meanwhile();
+            vector += taken;
         }
+    }
+}
+
+/// Where a micro-tile is.
+#[derive(Clone, Copy)]
+struct Place {
+    /// Among those with the same columns.
+    tile: usize,
+    tiles: usize,
+    /// The first of its vectors, and how many it has.
+    vector: usize,
+    taken: usize,
+    /// All that the pass reads.
+    panels: usize,
+    k: usize,
+}
+
+/// What is wanted after a micro-tile: as much of B as tiles with these columns read, in the order in which it lies, shared out
+/// among the tiles as evenly as may be, since only so many requests wait for memory at once; then what others asked for.
+/// Where there is nothing, `near` is asked for again, which is at hand.
+#[inline(always)]
+fn soon<S: Simd>(place: Place, from: Panels<'_>, ahead: &mut ahead::Requests, near: *const f32) -> [Stream; STREAMS] {
+    let Place { tile, tiles, vector, taken, k, .. } = place;
+    let none = Stream { at: near, step: 0 };
+    let mut other = || ahead.take(k).map_or(none, |at| Stream { at, step: LINE });
+    let ahead = other();
+    // Half a panel is a line with every row of k. The next tiles may begin in the middle of a panel, which was asked for as
+    // a whole then.
+    let first = (vector + taken + taken % 2).next_multiple_of(if taken == 3 { 1 } else { 2 });
+    let half = |index: usize| {
+        let (panel, rest) = ((first + index) / 2, (first + index) % 2 * k * S::LANES);
+        let at = match panel.checked_sub(place.panels) {
+            None => from.numbers.as_ptr().wrapping_add(panel * from.stride),
+            Some(_) if from.then.is_null() => near,
+            Some(beyond) => from.then.wrapping_add(beyond * from.stride),
+        };
+        Stream { at: at.wrapping_add(rest), step: S::LANES }
+    };
+    match (tiles, tile) {
+        (1, _) if taken == 3 => [half(0), half(1), half(2)],
+        (1, _) => [half(0), half(1), ahead],
+        // Two tiles have half of the third each.
+        (2, _) if taken == 3 => {
+            let third = half(2);
+            let at = third.at.wrapping_add(tile * k / 2 * S::LANES);
+            [half(tile), Stream { at, step: S::LANES / 2 }, ahead]
+        }
+        _ if tile < taken => [half(tile), ahead, other()],
+        _ => [none, ahead, other()],
     }
 }
 
 /// Rows of each micro-tile of a block, so that they are about equal.
 #[inline(always)]
 fn group_rows<S: Simd>(rows: usize) -> usize {
-    rows.div_ceil(rows.div_ceil(S::ROWS))
+    if rows <= S::ROWS { rows } else { rows.div_ceil(rows.div_ceil(S::MANY_ROWS)) }
 }
 
 /// Copies rows of A as `[row group][k][rows of the group]`; what follows in `to` may be overwritten.

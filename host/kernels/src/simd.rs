@@ -18,6 +18,8 @@ pub(crate) trait Simd: Copy {
     const LANES: usize;
     /// Most rows of the product's micro-tile, two vectors wide.
     const ROWS: usize;
+    /// Most rows of a micro-tile where there are more rows than [`Simd::ROWS`].
+    const MANY_ROWS: usize = Self::ROWS;
 
     fn splat(self, x: f32) -> Self::V;
     /// # Safety
@@ -74,12 +76,21 @@ pub(crate) trait Simd: Copy {
         }
     }
 
-    /// The product's micro-tile: `rows` (1 to [`Simd::ROWS`]) by `panels · 2` vectors; see [`crate::gemm`].
+    /// The product's micro-tile: `rows` (1 to [`Simd::ROWS`]) by [`Simd::vectors`]; see [`crate::gemm`].
     /// # Safety
     /// As [`crate::gemm::micro_tile`].
-    unsafe fn micro(self, rows: usize, tile: &crate::gemm::Tile);
-    /// Panels that a micro-tile of `rows` rows takes at a time: few rows take several, so that enough sums run side by
-    /// side to hide an addition's latency.
+    unsafe fn micro(self, rows: usize, vectors: usize, tile: &crate::gemm::Tile);
+    /// Vectors that a micro-tile of `rows` rows takes of those that are `left`: few rows take many, so that enough sums run
+    /// side by side to hide an addition's latency; never more than there are to the end of a panel.
+    #[inline(always)]
+    fn vectors(self, rows: usize, left: usize) -> usize {
+        match rows {
+            1 if left >= 8 => 8,
+            2 | 3 if left >= 4 => 4,
+            _ => 2,
+        }
+    }
+    /// As [`Simd::vectors`], for panels of narrow weights.
     fn panels(self, rows: usize) -> usize {
         match rows {
             1 => 4,
@@ -228,14 +239,17 @@ impl Simd for Scalar {
         v.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
     #[inline(always)]
-    unsafe fn micro(self, rows: usize, tile: &crate::gemm::Tile) {
+    unsafe fn micro(self, rows: usize, vectors: usize, tile: &crate::gemm::Tile) {
         use crate::gemm::micro_tile;
         // SAFETY: the caller's promise.
         unsafe {
-            match rows {
-                1 => micro_tile::<Self, 1, 8>(self, tile),
-                2 => micro_tile::<Self, 2, 4>(self, tile),
-                3 => micro_tile::<Self, 3, 4>(self, tile),
+            match (rows, vectors) {
+                (1, 8) => micro_tile::<Self, 1, 8>(self, tile),
+                (2, 4) => micro_tile::<Self, 2, 4>(self, tile),
+                (3, 4) => micro_tile::<Self, 3, 4>(self, tile),
+                (1, _) => micro_tile::<Self, 1, 2>(self, tile),
+                (2, _) => micro_tile::<Self, 2, 2>(self, tile),
+                (3, _) => micro_tile::<Self, 3, 2>(self, tile),
                 _ => micro_tile::<Self, 4, 2>(self, tile),
             }
         }
@@ -283,7 +297,17 @@ mod x86 {
         type V = __m512;
         const LANES: usize = 16;
         const ROWS: usize = 12;
+        const MANY_ROWS: usize = 8;
 
+        #[inline(always)]
+        fn vectors(self, rows: usize, left: usize) -> usize {
+            match (rows, left) {
+                (1, 8..) => 8,
+                (2 | 3, 4 | 8..) => 4,
+                (..=8, 3 | 5..) => 3,
+                _ => 2,
+            }
+        }
         #[inline(always)]
         fn splat(self, x: f32) -> __m512 {
             unsafe { _mm512_set1_ps(x) }
@@ -405,20 +429,31 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn micro(self, rows: usize, tile: &Tile) {
+        unsafe fn micro(self, rows: usize, vectors: usize, tile: &Tile) {
             unsafe {
-                match rows {
-                    1 => micro_tile::<Self, 1, 8>(self, tile),
-                    2 => micro_tile::<Self, 2, 4>(self, tile),
-                    3 => micro_tile::<Self, 3, 4>(self, tile),
-                    4 => micro_tile::<Self, 4, 2>(self, tile),
-                    5 => micro_tile::<Self, 5, 2>(self, tile),
-                    6 => micro_tile::<Self, 6, 2>(self, tile),
-                    7 => micro_tile::<Self, 7, 2>(self, tile),
-                    8 => micro_tile::<Self, 8, 2>(self, tile),
-                    9 => micro_tile::<Self, 9, 2>(self, tile),
-                    10 => micro_tile::<Self, 10, 2>(self, tile),
-                    11 => micro_tile::<Self, 11, 2>(self, tile),
+                match (rows, vectors) {
+                    (1, 8) => micro_tile::<Self, 1, 8>(self, tile),
+                    (2, 4) => micro_tile::<Self, 2, 4>(self, tile),
+                    (3, 4) => micro_tile::<Self, 3, 4>(self, tile),
+                    (1, 3) => micro_tile::<Self, 1, 3>(self, tile),
+                    (2, 3) => micro_tile::<Self, 2, 3>(self, tile),
+                    (3, 3) => micro_tile::<Self, 3, 3>(self, tile),
+                    (4, 3) => micro_tile::<Self, 4, 3>(self, tile),
+                    (5, 3) => micro_tile::<Self, 5, 3>(self, tile),
+                    (6, 3) => micro_tile::<Self, 6, 3>(self, tile),
+                    (7, 3) => micro_tile::<Self, 7, 3>(self, tile),
+                    (8, 3) => micro_tile::<Self, 8, 3>(self, tile),
+                    (1, _) => micro_tile::<Self, 1, 2>(self, tile),
+                    (2, _) => micro_tile::<Self, 2, 2>(self, tile),
+                    (3, _) => micro_tile::<Self, 3, 2>(self, tile),
+                    (4, _) => micro_tile::<Self, 4, 2>(self, tile),
+                    (5, _) => micro_tile::<Self, 5, 2>(self, tile),
+                    (6, _) => micro_tile::<Self, 6, 2>(self, tile),
+                    (7, _) => micro_tile::<Self, 7, 2>(self, tile),
+                    (8, _) => micro_tile::<Self, 8, 2>(self, tile),
+                    (9, _) => micro_tile::<Self, 9, 2>(self, tile),
+                    (10, _) => micro_tile::<Self, 10, 2>(self, tile),
+                    (11, _) => micro_tile::<Self, 11, 2>(self, tile),
                     _ => micro_tile::<Self, 12, 2>(self, tile),
                 }
             }
@@ -554,14 +589,17 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn micro(self, rows: usize, tile: &Tile) {
+        unsafe fn micro(self, rows: usize, vectors: usize, tile: &Tile) {
             unsafe {
-                match rows {
-                    1 => micro_tile::<Self, 1, 8>(self, tile),
-                    2 => micro_tile::<Self, 2, 4>(self, tile),
-                    3 => micro_tile::<Self, 3, 4>(self, tile),
-                    4 => micro_tile::<Self, 4, 2>(self, tile),
-                    5 => micro_tile::<Self, 5, 2>(self, tile),
+                match (rows, vectors) {
+                    (1, 8) => micro_tile::<Self, 1, 8>(self, tile),
+                    (2, 4) => micro_tile::<Self, 2, 4>(self, tile),
+                    (3, 4) => micro_tile::<Self, 3, 4>(self, tile),
+                    (1, _) => micro_tile::<Self, 1, 2>(self, tile),
+                    (2, _) => micro_tile::<Self, 2, 2>(self, tile),
+                    (3, _) => micro_tile::<Self, 3, 2>(self, tile),
+                    (4, _) => micro_tile::<Self, 4, 2>(self, tile),
+                    (5, _) => micro_tile::<Self, 5, 2>(self, tile),
                     _ => micro_tile::<Self, 6, 2>(self, tile),
                 }
             }
@@ -684,20 +722,23 @@ mod arm {
             unsafe { vmaxvq_f32(v) }
         }
         #[inline(always)]
-        unsafe fn micro(self, rows: usize, tile: &Tile) {
+        unsafe fn micro(self, rows: usize, vectors: usize, tile: &Tile) {
             unsafe {
-                match rows {
-                    1 => micro_tile::<Self, 1, 8>(self, tile),
-                    2 => micro_tile::<Self, 2, 4>(self, tile),
-                    3 => micro_tile::<Self, 3, 4>(self, tile),
-                    4 => micro_tile::<Self, 4, 2>(self, tile),
-                    5 => micro_tile::<Self, 5, 2>(self, tile),
-                    6 => micro_tile::<Self, 6, 2>(self, tile),
-                    7 => micro_tile::<Self, 7, 2>(self, tile),
-                    8 => micro_tile::<Self, 8, 2>(self, tile),
-                    9 => micro_tile::<Self, 9, 2>(self, tile),
-                    10 => micro_tile::<Self, 10, 2>(self, tile),
-                    11 => micro_tile::<Self, 11, 2>(self, tile),
+                match (rows, vectors) {
+                    (1, 8) => micro_tile::<Self, 1, 8>(self, tile),
+                    (2, 4) => micro_tile::<Self, 2, 4>(self, tile),
+                    (3, 4) => micro_tile::<Self, 3, 4>(self, tile),
+                    (1, _) => micro_tile::<Self, 1, 2>(self, tile),
+                    (2, _) => micro_tile::<Self, 2, 2>(self, tile),
+                    (3, _) => micro_tile::<Self, 3, 2>(self, tile),
+                    (4, _) => micro_tile::<Self, 4, 2>(self, tile),
+                    (5, _) => micro_tile::<Self, 5, 2>(self, tile),
+                    (6, _) => micro_tile::<Self, 6, 2>(self, tile),
+                    (7, _) => micro_tile::<Self, 7, 2>(self, tile),
+                    (8, _) => micro_tile::<Self, 8, 2>(self, tile),
+                    (9, _) => micro_tile::<Self, 9, 2>(self, tile),
+                    (10, _) => micro_tile::<Self, 10, 2>(self, tile),
+                    (11, _) => micro_tile::<Self, 11, 2>(self, tile),
                     _ => micro_tile::<Self, 12, 2>(self, tile),
                 }
             }

@@ -1,11 +1,15 @@
 //! Buffers that are used again: activations come and go with every tile, and fresh pages from the system cost more than
 //! the arithmetic of a small model.
 
+use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, PoisonError};
 
 /// Bytes that may lie idle for later use.
 const IDLE_BYTES_MAX: usize = 768 << 20;
+
+/// Bytes that a thread keeps to itself: what it wrote last is in its own cache, and nobody else need be asked.
+const OWN_BYTES_MAX: usize = 1 << 20;
 
 /// Idle memory, shortest first.
 struct Idle {
@@ -13,10 +17,41 @@ struct Idle {
     bytes: usize,
 }
 
-static IDLE: Mutex<Idle> = Mutex::new(Idle { buffers: Vec::new(), bytes: 0 });
+impl Idle {
+    const fn new() -> Self {
+        Self { buffers: Vec::new(), bytes: 0 }
+    }
+
+    /// Memory of at least `len` numbers, and not much more: that is left for those who need it.
+    fn take(&mut self, len: usize) -> Option<Vec<f32>> {
+        let at = self.buffers.partition_point(|memory| memory.len() < len);
+        self.buffers.get(at).filter(|memory| memory.len() <= 2 * len + 1024)?;
+        let memory = self.buffers.remove(at);
+        self.bytes -= 4 * memory.len();
+        Some(memory)
+    }
+
+    /// Keeps `memory` if no more than `bytes_max` are idle with it, or gives it back.
+    fn keep(&mut self, memory: Vec<f32>, bytes_max: usize) -> Option<Vec<f32>> {
+        let bytes = 4 * memory.len();
+        if self.bytes + bytes > bytes_max {
+            return Some(memory);
+        }
+        let at = self.buffers.partition_point(|other| other.len() < memory.len());
+        self.buffers.insert(at, memory);
+        self.bytes += bytes;
+        None
+    }
+}
+
+static IDLE: Mutex<Idle> = Mutex::new(Idle::new());
+
+thread_local! {
+    static OWN: RefCell<Idle> = const { RefCell::new(Idle::new()) };
+}
 
 /// A buffer of numbers; its memory is kept for the next one when it is dropped.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Buffer {
     memory: Vec<f32>,
     len: usize,
@@ -25,17 +60,11 @@ pub struct Buffer {
 impl Buffer {
     /// `len` numbers that hold anything: whoever asks overwrites all of them.
     pub(super) fn dirty(len: usize) -> Self {
+        let own = OWN.with_borrow_mut(|own| own.take(len));
         // A poisoned lock still holds whole buffers.
-        let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = idle.buffers.partition_point(|memory| memory.len() < len);
-        // One that is much larger is left for those who need it.
-        if idle.buffers.get(at).is_some_and(|memory| memory.len() <= 2 * len + 1024) {
-            let memory = idle.buffers.remove(at);
-            idle.bytes -= 4 * memory.len();
-            return Self { memory, len };
-        }
-        drop(idle);
-        Self { memory: vec![0.0; len], len }
+        let shared = || IDLE.lock().unwrap_or_else(PoisonError::into_inner).take(len);
+        let memory = own.or_else(shared).unwrap_or_else(|| vec![0.0; len]);
+        Self { memory, len }
     }
 
     /// `len` zeros.
@@ -69,14 +98,14 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let memory = std::mem::take(&mut self.memory);
-        let bytes = 4 * memory.len();
-        let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
-        if bytes == 0 || idle.bytes + bytes > IDLE_BYTES_MAX {
+        if memory.is_empty() {
             return;
         }
-        let at = idle.buffers.partition_point(|other| other.len() < memory.len());
-        idle.buffers.insert(at, memory);
-        idle.bytes += bytes;
+        // A thread that is ending has nothing of its own any more.
+        let rest = OWN.try_with(|own| own.borrow_mut().keep(memory, OWN_BYTES_MAX)).unwrap_or_default();
+        if let Some(memory) = rest {
+            IDLE.lock().unwrap_or_else(PoisonError::into_inner).keep(memory, IDLE_BYTES_MAX);
+        }
     }
 }
 

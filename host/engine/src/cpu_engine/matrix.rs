@@ -132,6 +132,13 @@ pub enum Factor<'a> {
 }
 
 impl Factor<'_> {
+    /// Says that a product with it follows the next one of this thread.
+    pub fn follows(self) {
+        if let Self::Wide(Right::Packed(packed)) = self {
+            packed.follows();
+        }
+    }
+
     /// `y = x · Wᵀ`, or `y += x · Wᵀ`.
     pub fn product(self, isa: Isa, shape: Shape, x: &[f32], y: &mut [f32], add: bool) {
         match self {

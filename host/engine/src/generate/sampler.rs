@@ -203,9 +203,10 @@ fn draw_from_row(logits_v: &[f32], stats: &RowStats, u: f64) -> Option<u32> {
         let whole = vocabulary::mass(Isa::best(), block, stats.max);
         if whole > left {
             let ids = (index * BLOCK) as u32..;
+            let tokens = block.iter().copied().zip(ids);
             // Rounding may leave the draw just beyond the block's last token.
-            let last = block.iter().zip(ids.clone()).filter(|(z, _)| weight(**z, stats.max) > 0.0).last()?.1;
-            return Some(draw_from(block.iter().copied().zip(ids), stats.max, left, 1.0).unwrap_or(last));
+            let last = || tokens.clone().filter(|(z, _)| weight(*z, stats.max) > 0.0).last().map(|(_, id)| id);
+            return draw_from(tokens.clone(), stats.max, left, 1.0).or_else(last);
         }
         left -= whole;
     }

@@ -8,7 +8,7 @@ use cosmos_kernels::threads;
 
 use super::Transformer;
 use super::tile::check_ids;
-use crate::block::{Ahead, BlockEngine, DecodeRow};
+use crate::block::{BlockEngine, DecodeRow};
 use crate::model::{Decoder, Model, Prefill};
 use crate::{EngineError, Result};
 
@@ -199,56 +199,23 @@ impl<E: BlockEngine> Lane<'_, E> {
             return Err(EngineError::invalid(format!("a slot is full with {} tokens", full.row.position), ""));
         }
         let rows: Vec<DecodeRow> = self.tokens.iter().map(|t| t.row).collect();
-        // Single tokens need what their caches hold soon; those of a prompt read what is written meanwhile.
-        let single = rows.windows(2).all(|pair| pair[0].slot != pair[1].slot);
-        let size = engine.decode_group(single).min(rows.len()).max(1);
-        let groups: Vec<Range<usize>> = (0..rows.len()).step_by(size).map(|at| at..rows.len().min(at + size)).collect();
-        let mut x = Vec::with_capacity(groups.len());
-        for group in &groups {
-            let mut ids: Vec<u32> = self.tokens[group.clone()].iter().map(|t| t.id).collect();
-            check_ids(&ids, engine.config())?;
-            ids.resize(engine.decode_rows(ids.len()), 0);
-            x.push(engine.embed(&device.embed, &model.groups[0], &ids)?);
-        }
-        let mut hidden_rh = Vec::new();
-        for (layer, block) in device.blocks.iter().enumerate() {
-            let (before, rest) = self.caches.split_at_mut(layer);
-            let Some((kv, after)) = rest.split_first_mut() else { break };
-            // After the last block comes the first one of the next step.
-            let next_kv = after.first().or(before.first()).map(|kv| &**kv);
-            for (at, (group, x)) in groups.iter().zip(&mut x).enumerate() {
-                let ahead = match groups.get(at + 1) {
-                    _ if !single => Ahead { kv: None, rows: &[] },
-                    Some(next) => Ahead { kv: None, rows: &rows[next.clone()] },
-                    None => Ahead { kv: next_kv, rows: &rows[groups[0].clone()] },
-                };
-                let own = &rows[group.clone()];
-                if layer + 1 < device.blocks.len() {
-                    *x = engine.block_decode(block, kv, own, x.clone(), ahead)?;
-                    continue;
-                }
-                let tokens = (0..).zip(&self.tokens[group.clone()]);
-                let wanted: Vec<u32> = tokens.filter(|(_, t)| t.target.is_some()).map(|(row, _)| row).collect();
-                let count = wanted.len();
-                let (x, mut places) = engine.block_decode_last(block, kv, own, wanted, x.clone(), ahead)?;
-                if count > 0 {
-                    places.resize(engine.decode_rows(count), places[0]);
-                    let found_rh = engine.final_norm(&device.norm, x, &places)?;
-                    hidden_rh.extend_from_slice(&found_rh[..count * engine.config().hidden_size]);
-                }
-            }
-        }
+        let mut ids: Vec<u32> = self.tokens.iter().map(|t| t.id).collect();
+        check_ids(&ids, engine.config())?;
+        ids.resize(engine.decode_rows(ids.len()), 0);
+        let x = engine.embed(&device.embed, &model.groups[0], &ids)?;
+        let tokens = (0..).zip(&self.tokens);
+        let wanted: Vec<u32> = tokens.filter(|(_, t)| t.target.is_some()).map(|(row, _)| row).collect();
+        let (x, mut places) = engine.blocks_decode(&device.blocks, &mut self.caches, &rows, &wanted, x)?;
         for row in &rows {
             self.lens[row.slot] = row.position + 1;
         }
-        let (width, vocab) = (engine.config().hidden_size, engine.config().vocab_size);
-        let count = hidden_rh.len() / width;
+        let vocab = engine.config().vocab_size;
+        let count = places.len();
         if count == 0 {
             return Ok(());
         }
-        for _ in count..engine.decode_rows(count) {
-            hidden_rh.extend_from_within(..width);
-        }
+        places.resize(engine.decode_rows(count), places[0]);
+        let hidden_rh = engine.final_norm(&device.norm, x, &places)?;
         engine.decode_head(device.head(), &hidden_rh, &mut self.logits_rv[..count * vocab])
     }
 }
