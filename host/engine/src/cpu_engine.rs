@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use cosmos_kernels::gemm::{K_BLOCK, Left, Right, Shape, gemm};
+use cosmos_kernels::memory::Buffer;
 use cosmos_kernels::{Isa, rows, threads};
 use cosmos_parallel::RankGroups;
 use rayon::prelude::*;
@@ -22,14 +23,12 @@ use crate::walker::Transformer;
 use crate::weights::Checkpoint;
 use crate::{EngineError, Result, weights};
 
-mod arena;
 mod cache;
 mod decode;
 mod inside;
 mod layout;
 mod matrix;
 mod network;
-use arena::Buffer;
 use cache::{Cache, Pool};
 use inside::Inside;
 use layout::{CpuBlock, Layout, Weights};

@@ -15,6 +15,7 @@ use std::cell::RefCell;
 
 use crate::Isa;
 use crate::gemm::{Left, Packed, Right, Shape, gemm};
+use crate::memory::Buffer;
 use crate::rows::dot;
 use crate::simd::{Simd, dispatched, exp};
 use crate::threads;
@@ -90,11 +91,11 @@ struct Scratch {
     keys_t: Packed,
     keys: Packed,
     values: Packed,
-    scores: Vec<f32>,
-    slopes: Vec<f32>,
-    rows: Vec<f32>,
-    dkeys: Vec<f32>,
-    dvalues: Vec<f32>,
+    scores: Buffer,
+    slopes: Buffer,
+    rows: Buffer,
+    dkeys: Buffer,
+    dvalues: Buffer,
 }
 
 thread_local! {
@@ -131,31 +132,23 @@ fn forward_head(
     let (dim, stride) = (heads.dim, heads.row());
     let own = &qkv[sequence * t * stride..(sequence + 1) * t * stride];
     SCRATCH.with_borrow_mut(|scratch| {
-        scratch.keys_t.set_transposed(isa, &own[heads.key(kv_head)..], stride, t, dim);
-        scratch.values.set_rows(isa, &own[heads.value(kv_head)..], stride, dim, t);
-        scratch.scores.resize(QUERIES * t, 0.0);
-        scratch.rows.resize(QUERIES * dim.max(1), 0.0);
+        let Scratch { keys_t, values, scores, rows: mixed, .. } = scratch;
+        keys_t.set_transposed(isa, &own[heads.key(kv_head)..], stride, t, dim);
+        values.set_rows(isa, &own[heads.value(kv_head)..], stride, dim, t);
+        let (scores, mixed) = (scores.room(QUERIES * t), mixed.room(QUERIES * dim));
         for head in kv_head * heads.group()..(kv_head + 1) * heads.group() {
             for first in (0..t).step_by(QUERIES) {
                 let rows = QUERIES.min(t - first);
                 let keys = first + rows;
                 let queries = &own[first * stride + head * dim..];
-                let scores = &mut scratch.scores[..rows * keys];
+                let scores = &mut scores[..rows * keys];
                 let shape = Shape { m: rows, n: keys, k: dim };
-                gemm(isa, shape, Left::Rows(queries, stride), Right::Packed(&scratch.keys_t), scores, keys, false);
+                gemm(isa, shape, Left::Rows(queries, stride), Right::Packed(keys_t), scores, keys, false);
                 let mut sums = [0.0; QUERIES];
                 softmax(isa, scores, keys, first, &mut sums[..rows]);
                 let shape = Shape { m: rows, n: dim, k: keys };
-                gemm(
-                    isa,
-                    shape,
-                    Left::Rows(scores, keys),
-                    Right::Packed(&scratch.values),
-                    &mut scratch.rows,
-                    dim,
-                    false,
-                );
-                for (row, (from, sum)) in scratch.rows.chunks_exact(dim).zip(&sums[..rows]).enumerate() {
+                gemm(isa, shape, Left::Rows(scores, keys), Right::Packed(values), mixed, dim, false);
+                for (row, (from, sum)) in mixed.chunks_exact(dim).zip(&sums[..rows]).enumerate() {
                     let token = sequence * t + first + row;
                     // SAFETY: this head of this token belongs to this piece alone.
                     unsafe {
@@ -266,14 +259,10 @@ fn backward_head(
         keys_t.set_transposed(isa, &own[heads.key(kv_head)..], stride, t, dim);
         keys.set_rows(isa, &own[heads.key(kv_head)..], stride, dim, t);
         values.set_transposed(isa, &own[heads.value(kv_head)..], stride, t, dim);
-        for buffer in [&mut *scores, &mut *slopes] {
-            buffer.resize(QUERIES * t, 0.0);
-        }
-        small.resize(QUERIES * dim, 0.0);
-        for buffer in [&mut *dkeys, &mut *dvalues] {
-            buffer.clear();
-            buffer.resize(t * dim, 0.0);
-        }
+        let (scores, slopes, small) = (scores.room(QUERIES * t), slopes.room(QUERIES * t), small.room(QUERIES * dim));
+        let (dkeys, dvalues) = (dkeys.room(t * dim), dvalues.room(t * dim));
+        dkeys.fill(0.0);
+        dvalues.fill(0.0);
         for head in kv_head * heads.group()..(kv_head + 1) * heads.group() {
             for first in (0..t).step_by(QUERIES) {
                 let rows = QUERIES.min(t - first);

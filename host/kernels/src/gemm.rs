@@ -14,6 +14,7 @@ use std::ops::Range;
 use crate::Isa;
 use crate::ahead::{self, LINE};
 use crate::isa::Kind;
+use crate::memory::Buffer;
 use crate::simd::{Simd, dispatched};
 use crate::threads;
 
@@ -40,7 +41,7 @@ const SPREAD_NS: f64 = 12_000.0;
 /// A matrix in panels, zeros beyond its last column.
 #[derive(Debug, Clone, Default)]
 pub struct Packed {
-    data: Vec<f32>,
+    data: Buffer,
     k: usize,
     n: usize,
 }
@@ -207,7 +208,7 @@ impl Packed {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        4 * self.data.capacity()
+        4 * self.data.len()
     }
 
     /// Says that a product with this matrix follows the next one of this thread.
@@ -244,8 +245,9 @@ impl Packed {
         // Whole groups of panels, so that a micro-tile of few rows may always read a group.
         let panels = n.div_ceil(width).next_multiple_of(PANELS_MAX);
         if self.data.len() != panels * width * k {
-            self.data.clear();
-            self.data.resize(panels * width * k, 0.0);
+            // The old memory first, so that the new may lie there.
+            self.data = Buffer::empty();
+            self.data = Buffer::zeros(panels * width * k);
         }
         (self.k, self.n) = (k, n);
         width
@@ -430,17 +432,18 @@ fn panel_block(k: usize) -> usize {
 
 thread_local! {
     /// Copies of parts of A and B. Held only while one piece runs, which calls nothing that could run another.
-    static COPIES: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+    static COPIES: RefCell<(Buffer, Buffer)> = const { RefCell::new((Buffer::empty(), Buffer::empty())) };
 }
 
 /// A part of a product. Only for [`gemm`], which has checked that the slices of `job` fit its shape and that nothing else
 /// writes to these rows and panels.
 fn piece(isa: Isa, job: Job<'_>, rows: Range<usize>, panels: Range<usize>) {
     COPIES.with_borrow_mut(|(a, b)| {
-        a.resize(ROW_BLOCK * K_BLOCK + VECTOR_MAX, 0.0);
-        if !matches!(job.right, Right::Packed(_)) {
-            b.resize((PANEL_BLOCK + PANELS_MAX) * K_BLOCK * panel_width(isa), 0.0);
-        }
+        let a = a.room(ROW_BLOCK * K_BLOCK + VECTOR_MAX);
+        let b = match job.right {
+            Right::Packed(_) => &mut [],
+            _ => b.room((PANEL_BLOCK + PANELS_MAX) * K_BLOCK * panel_width(isa)),
+        };
         piece_with(isa, job, rows, panels, a, b);
     });
 }

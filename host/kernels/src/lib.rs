@@ -9,6 +9,7 @@ pub mod ahead;
 pub mod attention;
 pub mod gemm;
 pub mod isa;
+pub mod memory;
 pub mod narrow;
 pub mod page;
 pub mod rows;

@@ -7,10 +7,10 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use cosmos_kernels::memory::Buffer;
 use cosmos_kernels::page::{Page, attend};
 use cosmos_kernels::{ahead, threads};
 
-use super::arena::Buffer;
 use super::cache::Cache;
 use super::layout::CpuBlock;
 use super::matrix::Factor;

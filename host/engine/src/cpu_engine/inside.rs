@@ -15,9 +15,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use cosmos_kernels::attention::Heads;
+use cosmos_kernels::memory::Buffer;
 use cosmos_parallel::{Axis, Collective, RankGroups, SubMesh};
 
-use super::arena::Buffer;
 use super::layout::Layout;
 use crate::Result;
 use crate::model::ModelConfig;

@@ -30,9 +30,9 @@ use std::sync::Arc;
 
 use cosmos_kernels::attention::Heads;
 use cosmos_kernels::gemm::{Left, Right, Shape, gemm};
+use cosmos_kernels::memory::Buffer;
 use cosmos_kernels::{Isa, attention, rows};
 
-use super::arena::Buffer;
 use super::inside::Inside;
 use super::layout::{Layout, Projection, Weights};
 use crate::Result;
