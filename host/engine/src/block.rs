@@ -9,7 +9,9 @@
 
 use std::ops::Range;
 
-use crate::model::{ModelConfig, WeightFormat};
+use cosmos_kernels::memory::Buffer;
+
+use crate::model::{ModelConfig, Part, WeightFormat};
 use crate::{EngineError, Result};
 
 /// One token of an incremental step.
@@ -47,6 +49,10 @@ pub struct HeadPart<'a> {
     /// Whether the gradient at the hidden states is added to what the parts before this one gave.
     pub add: bool,
 }
+
+/// Takes a part of a block, the block's flat slice, and the part's complete gradient row after row. A part with several
+/// rows lies within one parameter.
+pub type BlockUpdate<'a> = &'a mut (dyn FnMut(Part, &mut [f32], &[f32]) -> Result<()> + Send);
 
 /// The kernels of one device. Everything that a walk over blocks needs, and nothing that decides about it.
 pub trait BlockEngine: Send + Sync + 'static {
@@ -192,6 +198,8 @@ pub trait BlockEngine: Send + Sync + 'static {
         x: Self::Tensor,
         whole: bool,
     ) -> Result<(Self::Tensor, Self::Saved)>;
+    /// What backward needs at least: a block's input.
+    fn saved_input(&self, x: Self::Tensor) -> Self::Saved;
     /// The block's vector-Jacobian product over all tiles: the gradients at their inputs, in order; those at the parameters
     /// (whose master values are `params`) are added to `grads` in the order of the tiles.
     fn block_backward(
@@ -204,6 +212,33 @@ pub trait BlockEngine: Send + Sync + 'static {
     where
         Self: Sized;
 
+    /// Whether [`BlockEngine::block_backward_update`] is there and takes less memory for `tokens` tokens than the
+    /// gradients of a block.
+    fn updates_block_in_parts(&self, tokens: usize) -> bool {
+        let _ = tokens;
+        false
+    }
+    /// As [`BlockEngine::block_backward`] over all tiles from gradients of zero, with the same bits, but every part of
+    /// the gradients goes to `update` as soon as it is complete, which changes the part of `params` that it belongs to.
+    /// `freed` numbers are free by now that were taken when the first block on the way back came: where they are few,
+    /// what is cheap to make again is not kept meanwhile.
+    ///
+    /// # Errors
+    /// Those of `update`, and an engine that does not have this.
+    fn block_backward_update(
+        &self,
+        params: &mut [f32],
+        tiles: Vec<BackwardTile<Self>>,
+        freed: usize,
+        update: BlockUpdate<'_>,
+    ) -> Result<Vec<Self::Tensor>>
+    where
+        Self: Sized,
+    {
+        let _ = (params, tiles, freed, update);
+        Err(EngineError::invalid("this engine does not update a block in parts", ""))
+    }
+
     /// Completes a block's gradients, as [`BlockEngine::block_backward`] found them in one call: those of parameters that
     /// several ranks hold and each has seen a part of.
     fn join_block_grads(&self, grads: &mut [f32]) -> Result<()> {
@@ -212,28 +247,32 @@ pub trait BlockEngine: Send + Sync + 'static {
     }
 
     /// The last norm at `rows` of `x`: `[rows, hidden]` on the host.
-    fn final_norm(&self, norm: &Self::Norm, x: Self::Tensor, rows: &[u32]) -> Result<Vec<f32>>;
+    fn final_norm(&self, norm: &Self::Norm, x: Self::Tensor, rows: &[u32]) -> Result<Buffer>;
     /// Its vector-Jacobian product: the gradient at `x` and at the norm's weight.
     fn final_norm_vjp(
         &self,
         norm: &Self::Norm,
         x: Self::Tensor,
         rows: &[u32],
-        dy_rh: Vec<f32>,
+        dy_rh: &[f32],
     ) -> Result<(Self::Tensor, Vec<f32>)>;
 
     /// The head over `[rows, hidden]`: logits `[rows, vocab]` into `out`, whose length becomes theirs.
     fn head(&self, table: &Self::Table, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()>;
-    /// As [`BlockEngine::head`], from the master values where [`BlockEngine::trains_on_masters`].
+    /// As [`BlockEngine::head`], from the master values where [`BlockEngine::trains_on_masters`]; `logits` has room for
+    /// all.
     fn head_of_masters(
         &self,
         table: &Self::Table,
         values: &[f32],
         hidden_rh: &[f32],
-        out: &mut Vec<f32>,
+        logits: &mut [f32],
     ) -> Result<()> {
         let _ = values;
-        self.head(table, hidden_rh, out)
+        let mut out = Vec::new();
+        self.head(table, hidden_rh, &mut out)?;
+        logits.copy_from_slice(&out);
+        Ok(())
     }
     /// Its vector-Jacobian product: the gradient at the hidden states; that at the matrix (whose master values are
     /// `values`) is added to `grads`.

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::{Mutex, RwLock};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use cosmos_kernels::memory::Buffer;
 
 use crate::block::{BackwardTile, BlockEngine, DecodeRow};
 use crate::model::{Model, ModelConfig};
@@ -273,6 +274,10 @@ impl BlockEngine for BurnEngine {
         Ok((self.block_forward(block, geometry, b, x.clone())?, x))
     }
 
+    fn saved_input(&self, x: Tensor<2>) -> Tensor<2> {
+        x
+    }
+
     fn block_backward(
         &self,
         block: &BlockParams,
@@ -298,8 +303,9 @@ impl BlockEngine for BurnEngine {
         Ok(dx)
     }
 
-    fn final_norm(&self, norm: &Tensor<1>, x: Tensor<2>, rows: &[u32]) -> Result<Vec<f32>> {
-        to_host(network::rms_norm(x.select(0, self.indices(rows)), norm, self.shapes.eps))
+    fn final_norm(&self, norm: &Tensor<1>, x: Tensor<2>, rows: &[u32]) -> Result<Buffer> {
+        let found_rh = to_host(network::rms_norm(x.select(0, self.indices(rows)), norm, self.shapes.eps))?;
+        Ok(Buffer::of(&found_rh))
     }
 
     fn final_norm_vjp(
@@ -307,12 +313,12 @@ impl BlockEngine for BurnEngine {
         norm: &Tensor<1>,
         x: Tensor<2>,
         rows: &[u32],
-        dy_rh: Vec<f32>,
+        dy_rh: &[f32],
     ) -> Result<(Tensor<2>, Vec<f32>)> {
         let norm = norm.clone().autodiff().require_grad();
         let x = x.autodiff().require_grad();
         let y = network::rms_norm(x.clone().select(0, self.indices(rows)), &norm, self.shapes.eps);
-        let dy = self.matrix(dy_rh, rows.len(), self.config.hidden_size);
+        let dy = self.matrix(dy_rh.to_vec(), rows.len(), self.config.hidden_size);
         let mut grads = (y * dy).sum().backward();
         let dx = x.grad_remove(&mut grads).ok_or_else(no_gradient)?;
         let dnorm = norm.grad_remove(&mut grads).ok_or_else(no_gradient)?;

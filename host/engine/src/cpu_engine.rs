@@ -15,7 +15,7 @@ use cosmos_kernels::{Isa, rows, threads};
 use cosmos_parallel::RankGroups;
 use rayon::prelude::*;
 
-use crate::block::{BackwardTile, BlockEngine, DecodeRow, HeadPart};
+use crate::block::{BackwardTile, BlockEngine, BlockUpdate, DecodeRow, HeadPart};
 use crate::model::{Model, ModelConfig, ParamSpec, WeightFormat};
 use crate::rope::Rope;
 use crate::sharded::cut::TpPart;
@@ -29,6 +29,7 @@ mod inside;
 mod layout;
 mod matrix;
 mod network;
+mod parts;
 use cache::{Cache, Pool};
 use inside::Inside;
 use layout::{CpuBlock, Layout, Weights};
@@ -60,13 +61,13 @@ pub fn load_frozen(folder: &Path, format: WeightFormat) -> Result<Box<dyn Model>
     read(CpuEngine::new(ModelConfig::from_folder(folder)?).holding(format), folder)
 }
 
-/// Reads parameter by parameter, so that no more than a block is ever there twice.
+/// Reads parameter by parameter, so that no value is there twice, and of a model that is held in fewer bits no more
+/// than a block in f32.
 fn read(engine: CpuEngine, folder: &Path) -> Result<Box<dyn Model>> {
     let checkpoint = Checkpoint::open(folder, &engine.config)?;
-    Ok(Box::new(Transformer::from_source(engine, &mut |index, spec| {
-        let mut values = vec![0.0; spec.len()];
-        checkpoint.read_part(index, 0, &mut values);
-        Ok(values)
+    Ok(Box::new(Transformer::from_source(engine, &mut |index, _, to| {
+        checkpoint.read_part(index, 0, to);
+        Ok(())
     })?))
 }
 
@@ -83,7 +84,10 @@ pub fn random_frozen(config: &ModelConfig, format: WeightFormat, seed: u64) -> R
 fn with_random(engine: CpuEngine, seed: u64) -> Result<Box<dyn Model>> {
     let config = engine.config.clone();
     config.check().map_err(|message| EngineError::invalid(message, ""))?;
-    let mut source = |index: usize, spec: &ParamSpec| Ok(weights::random_param(&config, index, spec, seed));
+    let mut source = |index: usize, spec: &ParamSpec, to: &mut [f32]| {
+        to.copy_from_slice(&weights::random_param(&config, index, spec, seed));
+        Ok(())
+    };
     Ok(Box::new(Transformer::from_source(engine, &mut source)?))
 }
 
@@ -375,7 +379,7 @@ impl BlockEngine for CpuEngine {
     }
 
     fn block_forward(&self, block: &CpuBlock, turns: &Arc<Turns>, b: usize, x: Arc<Buffer>) -> Result<Arc<Buffer>> {
-        Ok(Arc::new(self.run(block.weights()).forward(turns, b, x)?.0))
+        Ok(Arc::new(self.run(block.weights()).forward(turns, b, &x)?))
     }
 
     fn saved_bytes(&self) -> usize {
@@ -391,10 +395,16 @@ impl BlockEngine for CpuEngine {
         x: Arc<Buffer>,
         whole: bool,
     ) -> Result<(Arc<Buffer>, Saved)> {
-        let input = x.clone();
-        let weights = params.map_or_else(|| block.weights(), |params| self.layout.weights(params));
-        let (y, found) = self.run(weights).forward(turns, b, x)?;
-        Ok((Arc::new(y), if whole { Saved::Whole(Box::new(found)) } else { Saved::Input(input) }))
+        let run = self.run(params.map_or_else(|| block.weights(), |params| self.layout.weights(params)));
+        if !whole {
+            return Ok((Arc::new(run.forward(turns, b, &x)?), Saved::Input(x)));
+        }
+        let (y, whole) = run.forward_keep(turns, b, x)?;
+        Ok((Arc::new(y), Saved::Whole(Box::new(whole))))
+    }
+
+    fn saved_input(&self, x: Arc<Buffer>) -> Saved {
+        Saved::Input(x)
     }
 
     fn block_backward(
@@ -425,13 +435,29 @@ impl BlockEngine for CpuEngine {
         }
     }
 
+    fn updates_block_in_parts(&self, tokens: usize) -> bool {
+        let block = self.config.block_params(0).iter().map(ParamSpec::len).sum::<usize>();
+        self.has_parts() && tokens * self.layout.inner <= block
+    }
+
+    fn block_backward_update(
+        &self,
+        params: &mut [f32],
+        tiles: Vec<BackwardTile<Self>>,
+        freed: usize,
+        update: BlockUpdate<'_>,
+    ) -> Result<Vec<Arc<Buffer>>> {
+        // On a thread of the pool, as in `run_lanes`.
+        rayon::scope(|_| self.backward_in_parts(params, tiles, freed, update))
+    }
+
     fn join_block_grads(&self, grads: &mut [f32]) -> Result<()> {
         self.inside.as_ref().map_or(Ok(()), |inside| inside.join(&self.layout, grads))
     }
 
-    fn final_norm(&self, norm: &Vec<f32>, x: Arc<Buffer>, rows: &[u32]) -> Result<Vec<f32>> {
+    fn final_norm(&self, norm: &Vec<f32>, x: Arc<Buffer>, rows: &[u32]) -> Result<Buffer> {
         let h = norm.len();
-        let mut y = vec![0.0; rows.len() * h];
+        let mut y = Buffer::dirty(rows.len() * h);
         for (row, y) in rows.iter().zip(y.chunks_exact_mut(h)) {
             self.norm_row(norm, &x[*row as usize * h..][..h], y);
         }
@@ -443,7 +469,7 @@ impl BlockEngine for CpuEngine {
         norm: &Vec<f32>,
         x: Arc<Buffer>,
         rows: &[u32],
-        dy_rh: Vec<f32>,
+        dy_rh: &[f32],
     ) -> Result<(Arc<Buffer>, Vec<f32>)> {
         let h = norm.len();
         let (mut dx, mut dnorm) = (Buffer::zeros(x.len()), vec![0.0; h]);
@@ -465,9 +491,9 @@ impl BlockEngine for CpuEngine {
         Ok(())
     }
 
-    fn head_of_masters(&self, _table: &Matrix, values: &[f32], hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {
+    fn head_of_masters(&self, _table: &Matrix, values: &[f32], hidden_rh: &[f32], logits: &mut [f32]) -> Result<()> {
         let h = self.config.hidden_size;
-        self.logits(Factor::Wide(Right::Columns(values, h)), values.len() / h, hidden_rh, out);
+        self.logits_into(Factor::Wide(Right::Columns(values, h)), values.len() / h, hidden_rh, logits);
         Ok(())
     }
 
@@ -607,7 +633,7 @@ mod tests {
         let flat = weights::random(&config, 1)[1..=config.block_params(0).len()].concat();
         let (block, n) = (engine.block(&flat), 12);
         let x = Arc::new(Buffer::zeros(n * config.hidden_size));
-        let (_, whole) = engine.run(block.weights()).forward(&engine.geometry(6), 2, x).unwrap();
+        let (_, whole) = engine.run(block.weights()).forward_keep(&engine.geometry(6), 2, x).unwrap();
         assert_eq!(whole.kept(), n * config.kept_width());
     }
 

@@ -119,14 +119,49 @@ pub trait HeadLoss {
     }
 }
 
+/// Numbers within a parameter, or within a block's parameters: rows of `width` of them, `stride` apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// Where the first row begins.
+    pub first: usize,
+    /// Number of rows.
+    pub rows: usize,
+    /// Numbers of a row.
+    pub width: usize,
+    /// From row to row; at least the width.
+    pub stride: usize,
+}
+
+impl Part {
+    /// Numbers that lie together.
+    pub fn whole(range: Range<usize>) -> Self {
+        Self { first: range.start, rows: 1, width: range.len(), stride: range.len() }
+    }
+
+    /// Numbers of all rows.
+    pub fn len(&self) -> usize {
+        self.rows * self.width
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// From the first number to the last, what lies between rows included.
+    pub fn span(&self) -> Range<usize> {
+        self.first..self.first + self.rows.saturating_sub(1) * self.stride + self.width
+    }
+}
+
 /// Takes every gradient of a backward once, as soon as it is complete.
-pub trait Updater {
-    /// Changes `values`, those of parameter `index` from `first` on, by their complete `gradient`. Every value of every
-    /// parameter comes once, in any order.
+pub trait Updater: Send {
+    /// Changes a `part` of parameter `index` by its complete `gradient`, row after row; `values` are its
+    /// [`Part::span`]. Every value of every parameter comes once, in any order.
     ///
     /// # Errors
     /// [`EngineError::NotFinite`], and nothing was changed by this gradient.
-    fn update(&mut self, index: usize, first: usize, values: &mut [f32], gradient: &[f32]) -> Result<()>;
+    fn update(&mut self, index: usize, part: Part, values: &mut [f32], gradient: &[f32]) -> Result<()>;
 }
 
 /// Logits of another model at the same rows (the teacher, for full-vocabulary objectives). Where the vocabulary is cut

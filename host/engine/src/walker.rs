@@ -7,6 +7,8 @@
 
 use std::ops::Range;
 
+use cosmos_kernels::memory::Buffer;
+
 use crate::batch::{Position, TokenBatch};
 use crate::block::{BackwardTile, BlockEngine};
 use crate::model::{Decoder, HeadLoss, Model, ModelConfig, ParamSpec, Updater, WeightFormat};
@@ -44,7 +46,21 @@ struct Forward<E: BlockEngine> {
     /// By tile: the last block's.
     outputs: Vec<E::Tensor>,
     /// The rows of the loss, in the caller's order.
-    hidden_rh: Vec<f32>,
+    hidden_rh: Buffer,
+}
+
+impl<E: BlockEngine> Forward<E> {
+    /// The tiles on their way back through the last block that is still there, `dy` being the gradients at its output.
+    fn take_block(&mut self, dy: Vec<E::Tensor>) -> impl Iterator<Item = BackwardTile<E>> {
+        let tiles = self.tiles.iter().zip(&self.geometries);
+        let saved = self.kept.iter_mut().filter_map(Vec::pop);
+        saved.zip(dy).zip(tiles).map(|((saved, dy), (tile, geometry))| BackwardTile {
+            geometry: geometry.clone(),
+            b: tile.b(),
+            saved,
+            dy,
+        })
+    }
 }
 
 /// What the device holds.
@@ -89,6 +105,9 @@ struct Decoding<E: BlockEngine> {
     stale: Vec<bool>,
 }
 
+/// Sets the values of a parameter, which is given by its number.
+pub type Source<'a> = &'a mut dyn FnMut(usize, &ParamSpec, &mut [f32]) -> Result<()>;
+
 /// A model: an engine and the parameters it runs on.
 pub struct Transformer<E: BlockEngine> {
     engine: E,
@@ -100,8 +119,6 @@ pub struct Transformer<E: BlockEngine> {
     grads: Vec<Vec<f32>>,
     /// Groups whose master values are newer than the device's.
     stale: Vec<bool>,
-    /// Memory of a chunk of logits, for the next step to use again.
-    logits_rv: Vec<f32>,
     /// Whether the gradients may be other than zero.
     accumulated: bool,
     /// Bytes of parameters from which on an update within the backward spares memory at the cost of time.
@@ -113,7 +130,7 @@ pub struct Transformer<E: BlockEngine> {
 
 impl<E: BlockEngine> Transformer<E> {
     /// A model from its parameters, `values` in the order of [`ModelConfig::params`].
-    pub fn new(engine: E, mut values: Vec<Vec<f32>>) -> Result<Self> {
+    pub fn new(engine: E, values: Vec<Vec<f32>>) -> Result<Self> {
         let expected = engine.config().params().len();
         if expected != values.len() {
             return Err(EngineError::invalid(
@@ -121,26 +138,29 @@ impl<E: BlockEngine> Transformer<E> {
                 "",
             ));
         }
-        Self::from_source(engine, &mut |index, _| Ok(std::mem::take(&mut values[index])))
+        Self::from_source(engine, &mut |index, spec, to| {
+            check_len(spec, values[index].len())?;
+            to.copy_from_slice(&values[index]);
+            Ok(())
+        })
     }
 
-    /// As [`Transformer::new`], asking for one parameter after the other: what the device holds itself is never all there in
-    /// f32.
-    pub fn from_source(engine: E, source: &mut dyn FnMut(usize, &ParamSpec) -> Result<Vec<f32>>) -> Result<Self> {
+    /// As [`Transformer::new`], asking for one parameter after the other, whose values `source` puts where they belong:
+    /// what the device holds itself is never all there in f32.
+    pub fn from_source(engine: E, source: Source<'_>) -> Result<Self> {
         let config = engine.config().clone();
         let layers = config.num_hidden_layers;
         // What training does not read is made when it is first asked for.
         let lazy = engine.trains_on_masters();
         let (mut specs, mut places) = (Vec::new(), Vec::new());
         let mut group = 0;
-        let mut append = |list: Vec<ParamSpec>, to: &mut Vec<f32>| -> Result<()> {
-            let start = to.len();
+        let mut fill = |list: Vec<ParamSpec>, to: &mut [f32]| -> Result<()> {
+            let mut end = 0;
             for spec in list {
-                let values = source(specs.len(), &spec)?;
-                check_len(&spec, values.len())?;
-                let first = to.len() - start;
-                places.push(Place { group, range: first..first + values.len() });
-                to.extend_from_slice(&values);
+                let range = end..end + spec.len();
+                source(specs.len(), &spec, &mut to[range.clone()])?;
+                end = range.end;
+                places.push(Place { group, range });
                 specs.push(spec);
             }
             group += 1;
@@ -153,16 +173,16 @@ impl<E: BlockEngine> Transformer<E> {
             false => Groups::with_capacity(config.params().iter().map(ParamSpec::len).sum::<usize>() - held_embed),
         };
         // Adds a group and hands its values to `make`; where the device holds them, they are not kept.
-        let mut next = |groups: &mut Groups, list: Vec<ParamSpec>, held: bool, make: &mut dyn FnMut(&[f32])| {
-            let mut passing = Vec::new();
-            groups.push(|kept| {
-                let to = if held { &mut passing } else { kept };
-                let start = to.len();
-                append(list, to)?;
-                make(&to[start..]);
+        let mut next =
+            |groups: &mut Groups, list: Vec<ParamSpec>, held: bool, make: &mut dyn FnMut(&[f32])| -> Result<()> {
+                let len = len_of(&list);
+                let mut passing = Buffer::dirty(if held { len } else { 0 });
+                let own = groups.add(if held { 0 } else { len });
+                let to = if held { &mut *passing } else { own };
+                fill(list, to)?;
+                make(to);
                 Ok(())
-            })
-        };
+            };
         let (mut embed, mut blocks, mut norm, mut head) = (None, Vec::with_capacity(layers), None, None);
         next(&mut groups, config.embed_params(), engine.holds_embedding(), &mut |flat| {
             embed = Some(if lazy { engine.no_table(flat) } else { engine.embedding(flat) });
@@ -192,7 +212,6 @@ impl<E: BlockEngine> Transformer<E> {
             groups,
             grads,
             stale,
-            logits_rv: Vec::new(),
             accumulated: false,
             frugal_bytes: update::FRUGAL_BYTES,
             decoding: None,
@@ -330,9 +349,9 @@ impl<E: BlockEngine> Transformer<E> {
     }
 
     /// Hidden states of every tile's wanted positions, put where the caller's positions are.
-    fn gather_hidden(&self, tiles: &[Tile], found: Vec<Result<Vec<f32>>>, rows: usize) -> Result<Vec<f32>> {
+    fn gather_hidden(&self, tiles: &[Tile], found: Vec<Result<Buffer>>, rows: usize) -> Result<Buffer> {
         let hidden = self.engine.config().hidden_size;
-        let mut hidden_rh = vec![0.0; rows * hidden];
+        let mut hidden_rh = Buffer::zeros(rows * hidden);
         for (tile, found) in tiles.iter().zip(found) {
             for (target, row) in tile.targets.iter().zip(found?.chunks_exact(hidden)) {
                 hidden_rh[target * hidden..(target + 1) * hidden].copy_from_slice(row);
@@ -341,47 +360,60 @@ impl<E: BlockEngine> Transformer<E> {
         Ok(hidden_rh)
     }
 
-    /// Rows of the loss that the head takes at a time.
-    fn head_chunks(&self, rows: usize) -> Vec<Range<usize>> {
-        let chunk_rows = self.head_chunk_rows();
-        (0..rows).step_by(chunk_rows).map(|start| start..rows.min(start + chunk_rows)).collect()
+    /// Memory for the logits of at most `chunk_rows` of `rows`.
+    fn logits_memory(&self, rows: usize, chunk_rows: usize) -> Buffer {
+        Buffer::dirty(rows.min(chunk_rows) * self.engine.config().vocab_size)
     }
 
     /// The loss's first pass over the logits, where it needs one. Leaves the last chunk's in `logits_rv`.
-    fn observe(&self, hidden_rh: &[f32], loss: &mut dyn HeadLoss, logits_rv: &mut Vec<f32>) -> Result<()> {
+    fn observe(
+        &self,
+        hidden_rh: &[f32],
+        loss: &mut dyn HeadLoss,
+        chunk_rows: usize,
+        logits_rv: &mut [f32],
+    ) -> Result<()> {
         let hidden = self.engine.config().hidden_size;
         if loss.needs_first_pass() {
-            for range in self.head_chunks(hidden_rh.len() / hidden) {
-                self.training_logits(&hidden_rh[range.start * hidden..range.end * hidden], logits_rv)?;
-                loss.observe(range, logits_rv)?;
+            for range in chunks(hidden_rh.len() / hidden, chunk_rows) {
+                let part_rh = &hidden_rh[range.start * hidden..range.end * hidden];
+                loss.observe(range, self.training_logits(part_rh, logits_rv)?)?;
             }
         }
         Ok(())
     }
 
     /// The head and the loss in chunks: from hidden states to their gradient. That at the head's matrix is added to `grads`.
-    fn head_pass(&mut self, hidden_rh: &[f32], loss: &mut dyn HeadLoss, grads: &mut [f32]) -> Result<Vec<f32>> {
+    fn head_pass(&mut self, hidden_rh: &[f32], loss: &mut dyn HeadLoss, grads: &mut [f32]) -> Result<Buffer> {
         let hidden = self.engine.config().hidden_size;
-        let mut logits_rv = std::mem::take(&mut self.logits_rv);
-        self.observe(hidden_rh, loss, &mut logits_rv)?;
-        let chunks = self.head_chunks(hidden_rh.len() / hidden);
-        let mut dhidden_rh = Vec::with_capacity(hidden_rh.len());
+        let (rows, chunk_rows) = (hidden_rh.len() / hidden, self.head_chunk_rows());
+        let mut logits_rv = self.logits_memory(rows, chunk_rows);
+        self.observe(hidden_rh, loss, chunk_rows, &mut logits_rv)?;
+        let chunks = chunks(rows, chunk_rows);
+        let mut dhidden_rh = Buffer::dirty(hidden_rh.len());
         for range in &chunks {
-            let part_rh = &hidden_rh[range.start * hidden..range.end * hidden];
+            let at = range.start * hidden..range.end * hidden;
+            let part_rh = &hidden_rh[at.clone()];
             // With a single chunk the first pass's logits serve the second one too.
-            if chunks.len() > 1 || !loss.needs_first_pass() {
-                self.training_logits(part_rh, &mut logits_rv)?;
-            }
-            loss.gradient(range.clone(), &mut logits_rv)?;
+            let logits_rv = match chunks.len() > 1 || !loss.needs_first_pass() {
+                true => self.training_logits(part_rh, &mut logits_rv)?,
+                false => &mut logits_rv,
+            };
+            loss.gradient(range.clone(), logits_rv)?;
             let values = &self.groups[self.head_group()];
-            dhidden_rh.extend(self.engine.head_vjp(self.device.head(), values, part_rh, &logits_rv, grads)?);
+            let part = self.engine.head_vjp(self.device.head(), values, part_rh, logits_rv, grads)?;
+            dhidden_rh[at].copy_from_slice(&part);
         }
-        self.logits_rv = logits_rv;
         Ok(dhidden_rh)
     }
 
-    fn training_logits(&self, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {
-        self.engine.head_of_masters(self.device.head(), &self.groups[self.head_group()], hidden_rh, out)
+    /// Logits of a chunk of rows, in as much of `memory` as they take.
+    fn training_logits<'m>(&self, hidden_rh: &[f32], memory: &'m mut [f32]) -> Result<&'m mut [f32]> {
+        let config = self.engine.config();
+        let logits_rv = &mut memory[..hidden_rh.len() / config.hidden_size * config.vocab_size];
+        let values = &self.groups[self.head_group()];
+        self.engine.head_of_masters(self.device.head(), values, hidden_rh, logits_rv)?;
+        Ok(logits_rv)
     }
 
     /// Forward up to the head, keeping activations beside each block's input unless memory is to be spared.
@@ -418,7 +450,10 @@ impl<E: BlockEngine> Transformer<E> {
             for (layer, block) in self.device.blocks.iter().enumerate() {
                 let (params, whole) = (masters.then(|| &self.groups[1 + layer]), layer >= recomputed);
                 let (y, saved) = self.engine.block_forward_keep(block, params, geometry, tile.b(), x, whole)?;
-                kept.push(saved);
+                // The first block's input costs nothing to make again.
+                if !frugal || layer > 0 {
+                    kept.push(saved);
+                }
                 x = y;
             }
             Ok((kept, x))
@@ -436,9 +471,11 @@ impl<E: BlockEngine> Transformer<E> {
         let (tiles, outputs) = (&forward.tiles, std::mem::take(&mut forward.outputs));
         let found = self.engine.run_lanes(tiles.len(), &|index| {
             let tile = &tiles[index];
-            let dy_rh =
-                tile.targets.iter().flat_map(|row| &dhidden_rh[row * hidden..(row + 1) * hidden]).copied().collect();
-            self.engine.final_norm_vjp(&self.device.norm, outputs[index].clone(), &tile.wanted, dy_rh)
+            let mut dy_rh = Buffer::dirty(tile.targets.len() * hidden);
+            for (dy, row) in dy_rh.chunks_exact_mut(hidden).zip(&tile.targets) {
+                dy.copy_from_slice(&dhidden_rh[row * hidden..(row + 1) * hidden]);
+            }
+            self.engine.final_norm_vjp(&self.device.norm, outputs[index].clone(), &tile.wanted, &dy_rh)
         });
         let group = self.norm_group();
         found
@@ -461,16 +498,10 @@ impl<E: BlockEngine> Transformer<E> {
         tiles_max: usize,
         grads: &mut [f32],
     ) -> Result<Vec<E::Tensor>> {
-        let tiles = forward.tiles.iter().zip(&forward.geometries);
-        let saved = forward.kept.iter_mut().filter_map(Vec::pop);
-        let mut work = saved.zip(dy).zip(tiles).map(|((saved, dy), (tile, geometry))| BackwardTile {
-            geometry: geometry.clone(),
-            b: tile.b(),
-            saved,
-            dy,
-        });
+        let tiles = forward.tiles.len();
+        let mut work = forward.take_block(dy);
         let (block, params) = (&self.device.blocks[layer], &self.groups[1 + layer]);
-        let mut dx = Vec::with_capacity(forward.tiles.len());
+        let mut dx = Vec::with_capacity(tiles);
         loop {
             let part: Vec<_> = work.by_ref().take(tiles_max).collect();
             if part.is_empty() {
@@ -479,6 +510,11 @@ impl<E: BlockEngine> Transformer<E> {
             dx.extend(self.engine.block_backward(block, params, part, grads)?);
         }
     }
+}
+
+/// Rows that the head takes at a time.
+fn chunks(rows: usize, chunk_rows: usize) -> Vec<Range<usize>> {
+    (0..rows).step_by(chunk_rows.max(1)).map(|start| start..rows.min(start + chunk_rows)).collect()
 }
 
 fn check_len(spec: &ParamSpec, found: usize) -> Result<()> {
@@ -540,7 +576,7 @@ impl<E: BlockEngine> Model for Transformer<E> {
             }
             self.engine.final_norm(&self.device.norm, x, &tile.wanted)
         });
-        self.gather_hidden(&tiles, found, positions.len())
+        Ok(self.gather_hidden(&tiles, found, positions.len())?.to_vec())
     }
 
     fn head_logits_rv(&mut self, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {

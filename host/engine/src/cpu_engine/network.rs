@@ -77,11 +77,28 @@ pub struct Whole {
 }
 
 impl Whole {
+    /// The block's input; the rest is given up.
+    pub(super) fn into_input(self) -> Arc<Buffer> {
+        self.x
+    }
+
     /// Numbers held beside the input.
     #[cfg(test)]
     pub(super) fn kept(&self) -> usize {
         [&self.raw, &self.mixed, &self.log_sums, &self.z, &self.gate_up].map(|buffer| buffer.len()).iter().sum()
     }
+}
+
+/// A block's attention and what leads to it.
+pub(super) struct Attended {
+    /// Queries, keys and values before norm and rotation.
+    pub raw: Buffer,
+    /// What the attention gave.
+    pub mixed: Buffer,
+    /// Logs of its sums.
+    pub log_sums: Buffer,
+    /// The residual stream after it.
+    pub z: Buffer,
 }
 
 /// A block and what it runs with.
@@ -219,23 +236,36 @@ impl Run<'_> {
     }
 
     /// The block over `b` sequences.
-    pub fn forward(&self, turns: &Turns, b: usize, x: Arc<Buffer>) -> Result<(Buffer, Whole)> {
+    pub fn forward(&self, turns: &Turns, b: usize, x: &[f32]) -> Result<Buffer> {
+        // What else the attention leaves is for a backward.
+        let Attended { z, .. } = self.attended(turns, b, x)?;
+        let gate_up = self.gate_up(&z);
+        self.finish(&z, &gate_up)
+    }
+
+    /// The block over `b` sequences, and what backward needs of it.
+    pub fn forward_keep(&self, turns: &Turns, b: usize, x: Arc<Buffer>) -> Result<(Buffer, Whole)> {
         let whole = self.forward_whole(turns, b, x)?;
         Ok((self.finish(&whole.z, &whole.gate_up)?, whole))
     }
 
     /// What backward needs of the block over `b` sequences, without its output.
     fn forward_whole(&self, turns: &Turns, b: usize, x: Arc<Buffer>) -> Result<Whole> {
-        let n = x.len() / self.layout.hidden;
-        let t = n / b;
-        let raw = self.project(self.weights.qkv, &self.norm(&x, self.weights.input_norm));
+        let Attended { raw, mixed, log_sums, z } = self.attended(turns, b, &x)?;
+        let gate_up = self.gate_up(&z);
+        Ok(Whole { x, raw, mixed, log_sums, z, gate_up })
+    }
+
+    /// The block over `b` sequences up to the stream after the attention.
+    pub fn attended(&self, turns: &Turns, b: usize, x: &[f32]) -> Result<Attended> {
+        let t = x.len() / self.layout.hidden / b;
+        let raw = self.project(self.weights.qkv, &self.norm(x, self.weights.input_norm));
         let first = self.first_position(t);
         let qkv = self.turned(&raw, turns, |row| first + row % t);
         let (mixed, log_sums) = self.attend(b, t, &qkv)?;
         drop(qkv);
-        let z = self.add_projected(self.weights.o, &mixed, &x)?;
-        let gate_up = self.gate_up(&z);
-        Ok(Whole { x, raw, mixed, log_sums, z, gate_up })
+        let z = self.add_projected(self.weights.o, &mixed, x)?;
+        Ok(Attended { raw, mixed, log_sums, z })
     }
 
     /// As [`Run::back`] where the input is the same on all tensor parallel ranks: the sum over them.
@@ -258,7 +288,7 @@ impl Run<'_> {
     /// Backward over one tile, without the gradients of matrices.
     pub fn backward(&self, params: &[f32], turns: &Turns, b: usize, saved: Saved, dy: Arc<Buffer>) -> Result<Pending> {
         let layout = self.layout;
-        let (h, f, heads) = (layout.hidden, layout.inner, layout.heads);
+        let (h, f) = (layout.hidden, layout.inner);
         let Whole { x, raw, mixed, log_sums, z, gate_up } = match saved {
             Saved::Input(x) => self.forward_whole(turns, b, x)?,
             Saved::Whole(whole) => *whole,
@@ -278,33 +308,41 @@ impl Run<'_> {
         let z_normed = self.norm(&z, post_norm);
         drop(z);
 
-        let dmixed = self.back(&dz, weight(&layout.o), h, heads.width());
+        let attention = self.attention_vjp(params, turns, (b, t), &x, raw, &log_sums, &dz)?;
+        Ok(Pending { attention, dy, inner, dgate_up, z_normed, dz, mixed, dpost_norm })
+    }
+
+    /// Backward of the block up to the stream after the attention, from the gradient `dz` there; `[b, t]` tokens.
+    #[allow(clippy::too_many_arguments)] // a forward's results, one by one, so that each is freed when it was read
+    pub fn attention_vjp(
+        &self,
+        params: &[f32],
+        turns: &Turns,
+        (b, t): (usize, usize),
+        x: &[f32],
+        raw: Buffer,
+        log_sums: &[f32],
+        dz: &[f32],
+    ) -> Result<AttentionPending> {
+        let layout = self.layout;
+        let (h, heads) = (layout.hidden, layout.heads);
+        let weight = |range: &Range<usize>| &params[range.clone()];
+        let dmixed = self.back(dz, weight(&layout.o), h, heads.width());
         let first = self.first_position(t);
         let qkv = self.turned(&raw, turns, |row| first + row % t);
-        let dqkv = self.attend_vjp(b, t, &qkv, &log_sums, &dmixed)?;
+        let dqkv = self.attend_vjp(b, t, &qkv, log_sums, &dmixed)?;
         drop((qkv, dmixed));
         let (draw, dqk_norms) = self.turned_vjp(&raw, dqkv, turns, t);
         drop(raw);
         let dx_normed = self.back_joint(&draw, weight(&layout.qkv), heads.row(), h)?;
-        let mut dx = Buffer::of(&dz);
+        let mut dx = Buffer::of(dz);
         let mut dinput_norm = vec![0.0; h];
         let input_norm = self.weights.input_norm;
-        rows::rms_norm_vjp(
-            self.isa,
-            &x,
-            h,
-            1,
-            input_norm,
-            layout.eps,
-            &dx_normed,
-            h,
-            &mut dx,
-            h,
-            true,
-            &mut dinput_norm,
-        );
-        let x_normed = self.norm(&x, input_norm);
-        Ok(Pending { dx, dy, inner, dgate_up, z_normed, dz, mixed, draw, x_normed, dinput_norm, dpost_norm, dqk_norms })
+        let eps = layout.eps;
+        rows::rms_norm_vjp(self.isa, x, h, 1, input_norm, eps, &dx_normed, h, &mut dx, h, true, &mut dinput_norm);
+        drop(dx_normed);
+        let x_normed = self.norm(x, input_norm);
+        Ok(AttentionPending { dx, draw, x_normed, dinput_norm, dqk_norms })
     }
 
     /// Backward of [`Run::turned`]: the gradient at `raw`, and at the norms of queries and keys.
@@ -365,51 +403,67 @@ impl Run<'_> {
     }
 }
 
+/// A tile's backward through the attention with the gradients of its matrices still to be taken: both factors of that
+/// of queries, keys and values, one of the output's.
+pub(super) struct AttentionPending {
+    pub dx: Buffer,
+    draw: Buffer,
+    x_normed: Buffer,
+    dinput_norm: Vec<f32>,
+    dqk_norms: Option<(Vec<f32>, Vec<f32>)>,
+}
+
+impl AttentionPending {
+    /// Adds this tile's gradients of the parameters up to the attention's output, of which `mixed` and `dz` are the
+    /// factors; gives the gradient at the block's input.
+    pub fn add_to(self, isa: Isa, layout: &Layout, mixed: &[f32], dz: &[f32], grads: &mut [f32]) -> Buffer {
+        let (h, width) = (layout.hidden, layout.heads.width());
+        add_product(isa, &mut grads[layout.qkv.clone()], &self.draw, &self.x_normed, layout.heads.row(), h);
+        add_product(isa, &mut grads[layout.o.clone()], dz, mixed, h, width);
+        for (range, dy) in [(&layout.qkv_bias, &*self.draw), (&layout.o_bias, dz)] {
+            if let Some(range) = range {
+                rows::add_rows(isa, dy, &mut grads[range.clone()]);
+            }
+        }
+        rows::add(isa, &mut grads[layout.input_norm.clone()], &self.dinput_norm);
+        if let (Some((q, k)), Some((dq, dk))) = (&layout.qk_norms, &self.dqk_norms) {
+            rows::add(isa, &mut grads[q.clone()], dq);
+            rows::add(isa, &mut grads[k.clone()], dk);
+        }
+        self.dx
+    }
+}
+
+/// `grads += dyᵀ · x`, for a matrix `[n, k]`.
+fn add_product(isa: Isa, grads: &mut [f32], dy: &[f32], x: &[f32], n: usize, k: usize) {
+    let shape = Shape { m: n, n: k, k: dy.len() / n };
+    gemm(isa, shape, Left::Columns(dy, n), Right::Rows(x, k), grads, k, true);
+}
+
 /// A tile's backward with the gradients of its matrices still to be taken: both factors of each.
 pub(super) struct Pending {
-    pub dx: Buffer,
+    attention: AttentionPending,
     dy: Arc<Buffer>,
     inner: Buffer,
     dgate_up: Buffer,
     z_normed: Buffer,
     dz: Buffer,
     mixed: Buffer,
-    draw: Buffer,
-    x_normed: Buffer,
-    dinput_norm: Vec<f32>,
     dpost_norm: Vec<f32>,
-    dqk_norms: Option<(Vec<f32>, Vec<f32>)>,
 }
 
 impl Pending {
     /// Adds this tile's gradients of a block's parameters to `grads` and gives the gradient at its input.
     pub fn add_to(self, isa: Isa, layout: &Layout, grads: &mut [f32]) -> Buffer {
-        let (h, f, width) = (layout.hidden, layout.inner, layout.heads.width());
-        let mut matrix = |range: &Range<usize>, dy: &[f32], x: &[f32], n: usize, k: usize| {
-            let shape = Shape { m: n, n: k, k: dy.len() / n };
-            gemm(isa, shape, Left::Columns(dy, n), Right::Rows(x, k), &mut grads[range.clone()], k, true);
-        };
-        matrix(&layout.qkv, &self.draw, &self.x_normed, layout.heads.row(), h);
-        matrix(&layout.o, &self.dz, &self.mixed, h, width);
-        matrix(&layout.gate_up, &self.dgate_up, &self.z_normed, 2 * f, h);
-        matrix(&layout.down, &self.dy, &self.inner, h, f);
-        let biases = [
-            (&layout.qkv_bias, &*self.draw),
-            (&layout.o_bias, &*self.dz),
-            (&layout.gate_up_bias, &*self.dgate_up),
-            (&layout.down_bias, &**self.dy),
-        ];
-        for (range, dy) in biases {
+        let (h, f) = (layout.hidden, layout.inner);
+        add_product(isa, &mut grads[layout.gate_up.clone()], &self.dgate_up, &self.z_normed, 2 * f, h);
+        add_product(isa, &mut grads[layout.down.clone()], &self.dy, &self.inner, h, f);
+        for (range, dy) in [(&layout.gate_up_bias, &*self.dgate_up), (&layout.down_bias, &**self.dy)] {
             if let Some(range) = range {
                 rows::add_rows(isa, dy, &mut grads[range.clone()]);
             }
         }
-        rows::add(isa, &mut grads[layout.input_norm.clone()], &self.dinput_norm);
         rows::add(isa, &mut grads[layout.post_norm.clone()], &self.dpost_norm);
-        if let (Some((q, k)), Some((dq, dk))) = (&layout.qk_norms, &self.dqk_norms) {
-            rows::add(isa, &mut grads[q.clone()], dq);
-            rows::add(isa, &mut grads[k.clone()], dk);
-        }
-        self.dx
+        self.attention.add_to(isa, layout, &self.mixed, &self.dz, grads)
     }
 }

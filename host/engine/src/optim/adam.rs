@@ -1,9 +1,10 @@
 //! Adam and AdamW in PyTorch's order of operations.
 
+use cosmos_kernels::memory::Buffer;
 use rayon::prelude::*;
 
 use crate::batch::{Position, TokenBatch};
-use crate::model::{HeadLoss, Model, ParamSpec, Updater};
+use crate::model::{HeadLoss, Model, ParamSpec, Part, Updater};
 use crate::{EngineError, Result};
 
 /// Values per task and per partial sum of the norm; fixed, so that a norm never depends on the number of cores.
@@ -76,8 +77,8 @@ pub struct Adam {
     starts: Vec<usize>,
     /// The moments of all parameters, one after the other: memory comes in large pages, and hundreds of allocations would lose
     /// a part of one each.
-    m: Vec<f32>,
-    v: Vec<f32>,
+    m: Buffer,
+    v: Buffer,
 }
 
 impl Adam {
@@ -88,7 +89,7 @@ impl Adam {
             starts.push(starts.last().unwrap_or(&0) + spec.len());
         }
         let len = starts.last().copied().unwrap_or(0);
-        Self { config, steps: 0, specs: params.to_vec(), starts, m: vec![0.0; len], v: vec![0.0; len] }
+        Self { config, steps: 0, specs: params.to_vec(), starts, m: Buffer::zeros(len), v: Buffer::zeros(len) }
     }
 
     /// Updates done so far; skipped ones do not count.
@@ -188,7 +189,7 @@ impl Adam {
 
     /// Bytes of the moments.
     pub fn bytes(&self) -> usize {
-        4 * (self.m.capacity() + self.v.capacity())
+        4 * (self.m.len() + self.v.len())
     }
 
     /// Takes the state of a checkpoint: the number of steps and, by name, the moments.
@@ -248,14 +249,14 @@ struct Updating<'a> {
 }
 
 impl Updater for Updating<'_> {
-    fn update(&mut self, index: usize, first: usize, values: &mut [f32], gradient: &[f32]) -> Result<()> {
+    fn update(&mut self, index: usize, part: Part, values: &mut [f32], gradient: &[f32]) -> Result<()> {
+        let span = part.span();
+        let fits = values.len() == span.len() && gradient.len() == part.len();
         let own = match self.starts.get(index..index + 2) {
-            Some(&[start, end]) if first + values.len() <= end - start && gradient.len() == values.len() => {
-                start + first..start + first + values.len()
-            }
+            Some(&[start, end]) if fits && span.end <= end - start => start + span.start..start + span.end,
             _ => {
                 let message =
-                    format!("{} values of parameter {index} from {first} on have no optimizer state", values.len());
+                    format!("{} values of parameter {index} in {span:?} have no optimizer state", values.len());
                 return Err(EngineError::invalid(message, ""));
             }
         };
@@ -264,7 +265,7 @@ impl Updater for Updating<'_> {
             return Err(EngineError::NotFinite { tensor: self.specs[index].name.clone(), half: self.begun });
         }
         (self.squares, self.begun) = (self.squares + squares, true);
-        self.rule.update(values, gradient, &mut self.m[own.clone()], &mut self.v[own]);
+        self.rule.update_part(part, values, gradient, &mut self.m[own.clone()], &mut self.v[own]);
         Ok(())
     }
 }
@@ -319,6 +320,23 @@ impl Rule {
         let slices = parameter.par_chunks_mut(SLICE).zip(gradient.par_chunks(SLICE));
         let state = m.par_chunks_mut(SLICE).zip(v.par_chunks_mut(SLICE));
         slices.zip(state).for_each(|((p, g), (m, v))| self.update_slice(p, g, m, v));
+    }
+
+    /// As [`Rule::update`] for rows that lie apart; the gradient's lie together.
+    fn update_part(&self, part: Part, values: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32]) {
+        let Part { rows, width, stride, .. } = part;
+        if rows == 1 || width == 0 {
+            return self.update(values, gradient, m, v);
+        }
+        let each = (SLICE / width).clamp(1, rows);
+        let slices = values.par_chunks_mut(each * stride).zip(gradient.par_chunks(each * width));
+        let state = m.par_chunks_mut(each * stride).zip(v.par_chunks_mut(each * stride));
+        slices.zip(state).for_each(|((p, g), (m, v))| {
+            let state = m.chunks_mut(stride).zip(v.chunks_mut(stride));
+            for ((p, g), (m, v)) in p.chunks_mut(stride).zip(g.chunks(width)).zip(state) {
+                self.update_slice(&mut p[..width], g, &mut m[..width], &mut v[..width]);
+            }
+        });
     }
 
     fn update_slice(&self, parameter: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32]) {
@@ -464,7 +482,12 @@ mod tests {
         ) -> Result<bool> {
             for index in [1, 0] {
                 for at in 0..2 {
-                    updater.update(index, at, &mut self.values[index][at..=at], &self.gradients[index][at..=at])?;
+                    updater.update(
+                        index,
+                        Part::whole(at..at + 1),
+                        &mut self.values[index][at..=at],
+                        &self.gradients[index][at..=at],
+                    )?;
                 }
             }
             Ok(true)

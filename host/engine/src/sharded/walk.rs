@@ -379,9 +379,9 @@ impl<E: BlockEngine> RankModel<E> {
         let (engine, hidden) = (&self.engine, self.engine.config().hidden_size);
         let found = engine.run_lanes(tiles.len(), &|index| {
             let tile = &tiles[index];
-            let dy_rh =
+            let dy_rh: Vec<f32> =
                 tile.targets.iter().flat_map(|row| &dhidden_rh[row * hidden..(row + 1) * hidden]).copied().collect();
-            engine.final_norm_vjp(&ready.device, outputs[index].clone(), &tile.wanted, dy_rh)
+            engine.final_norm_vjp(&ready.device, outputs[index].clone(), &tile.wanted, &dy_rh)
         });
         let (mut grads, held) = self.shard(group)?.whole_grads(&self.whole_grads);
         let mut dx = Vec::with_capacity(tiles.len());

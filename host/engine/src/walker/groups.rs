@@ -2,28 +2,26 @@
 
 use std::ops::{Index, IndexMut, Range};
 
+use cosmos_kernels::memory::Buffer;
+
 /// The values of one group after the other in one buffer: memory comes in large pages, and what an allocation each would lose
 /// to them comes to hundredths of a model.
 pub(super) struct Groups {
-    values: Vec<f32>,
+    values: Buffer,
     ranges: Vec<Range<usize>>,
 }
 
 impl Groups {
     /// None yet, with room for `len` values.
     pub fn with_capacity(len: usize) -> Self {
-        Self { values: Vec::with_capacity(len), ranges: Vec::new() }
+        Self { values: Buffer::dirty(len), ranges: Vec::new() }
     }
 
-    /// Adds a group of the values that `fill` appends.
-    pub fn push<T, F>(&mut self, fill: F) -> Result<T, crate::EngineError>
-    where
-        F: FnOnce(&mut Vec<f32>) -> Result<T, crate::EngineError>,
-    {
-        let start = self.values.len();
-        let found = fill(&mut self.values)?;
-        self.ranges.push(start..self.values.len());
-        Ok(found)
+    /// Adds a group of `len` values, which the caller sets.
+    pub fn add(&mut self, len: usize) -> &mut [f32] {
+        let start = self.ranges.last().map_or(0, |range| range.end);
+        self.ranges.push(start..start + len);
+        &mut self.values[start..start + len]
     }
 
     /// Number of groups.

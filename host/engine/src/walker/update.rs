@@ -13,12 +13,13 @@
 //! gradient again ([`HeadLoss::remakes`]), have the head's gradient held whole between 1 and 2. Every sum is made in the order
 //! of [`forward_backward`](crate::model::Model::forward_backward), so weights and losses have the same bits.
 
+use cosmos_kernels::memory::Buffer;
 use rayon::prelude::*;
 
-use super::{Forward, Transformer};
+use super::{Forward, Place, Transformer, chunks};
 use crate::batch::{Position, TokenBatch};
 use crate::block::{BlockEngine, HeadPart};
-use crate::model::{HeadLoss, Updater};
+use crate::model::{HeadLoss, Part, Updater};
 use crate::{EngineError, Result};
 
 /// Bytes of parameters from which on memory counts for more than a few hundredths of the time: nothing is kept beside the
@@ -28,6 +29,8 @@ pub(super) const FRUGAL_BYTES: usize = 1 << 30;
 const TABLE_PART_BYTES: usize = 16 << 20;
 /// Bytes of logits of a part of the vocabulary.
 const PART_LOGITS_BYTES: usize = 32 << 20;
+/// Bytes of logits of whole rows while losses are settled.
+const SETTLED_LOGITS_BYTES: usize = 28 << 20;
 /// Numbers that a thread takes at a time.
 const SLICE: usize = 1 << 16;
 
@@ -36,7 +39,7 @@ struct Waiting {
     /// Rising.
     ids: Vec<u32>,
     /// `[ids, hidden]`.
-    grads: Vec<f32>,
+    grads: Buffer,
 }
 
 impl<E: BlockEngine> Transformer<E> {
@@ -57,35 +60,80 @@ impl<E: BlockEngine> Transformer<E> {
         self.grads.iter_mut().for_each(|grads| *grads = Vec::new());
         let frugal = self.is_frugal();
         let mut forward = self.forward(batch, positions, frugal)?;
-        // Room for a chunk of logits or a block's gradients, whichever it is the turn of.
-        let largest = (1..=self.layers()).map(|group| self.groups[group].len()).max().unwrap_or(0);
-        self.logits_rv.clear();
-        self.logits_rv.reserve(largest);
+        let parts = self.engine.head_part_ids().filter(|_| frugal && loss.remakes());
+        if parts.is_some() {
+            self.settle(&forward.hidden_rh, loss)?;
+        }
         let mut waiting = self.waiting(&forward);
-        let dhidden_rh = match self.engine.head_part_ids().filter(|_| frugal && loss.remakes()) {
+        let dhidden_rh = match parts {
             Some(part_ids) => self.head_in_parts(&forward.hidden_rh, loss, part_ids, &mut waiting, updater)?,
             None => self.head_at_once(&forward.hidden_rh, loss, &mut waiting, updater)?,
         };
         let Some(dhidden_rh) = dhidden_rh else { return Ok(false) };
         let mut dy = self.norm_backward(&mut forward, &dhidden_rh)?;
-        (forward.hidden_rh, forward.outputs) = (Vec::new(), Vec::new());
+        (forward.hidden_rh, forward.outputs) = (Buffer::empty(), Vec::new());
         drop(dhidden_rh);
         let norm = self.norm_group();
         let grads = self.take_grads(norm);
         self.update_group(norm, &grads, updater)?;
-        let mut grads = std::mem::take(&mut self.logits_rv);
         for layer in (0..self.layers()).rev() {
-            grads.resize(self.groups[1 + layer].len(), 0.0);
-            clear(&mut grads);
-            dy = self.block_backward(layer, &mut forward, dy, if frugal { 1 } else { usize::MAX }, &mut grads)?;
-            self.update_group(1 + layer, &grads, updater)?;
+            dy = self.update_block(layer, &mut forward, dy, frugal, updater)?;
         }
-        self.logits_rv = grads;
         self.update_embedding(&forward, dy, waiting, updater)?;
         if !self.engine.trains_on_masters() {
             self.refresh();
         }
         Ok(true)
+    }
+
+    /// Backward through a block and its update: the gradient at its input.
+    fn update_block(
+        &mut self,
+        layer: usize,
+        forward: &mut Forward<E>,
+        dy: Vec<E::Tensor>,
+        frugal: bool,
+        updater: &mut dyn Updater,
+    ) -> Result<Vec<E::Tensor>> {
+        let group = 1 + layer;
+        if frugal && layer == 0 {
+            // The rows that are read here have waited for their update.
+            for (tile, kept) in forward.tiles.iter().zip(&mut forward.kept) {
+                let x = self.engine.embed(&self.device.embed, &self.groups[0], &tile.ids)?;
+                kept.push(self.engine.saved_input(x));
+            }
+        }
+        let tokens: usize = forward.tiles.iter().map(|tile| tile.ids.len()).sum();
+        if !frugal || !self.engine.updates_block_in_parts(tokens) {
+            let mut grads = Buffer::dirty(self.groups[group].len());
+            clear(&mut grads);
+            let dx = self.block_backward(layer, forward, dy, if frugal { 1 } else { usize::MAX }, &mut grads)?;
+            self.update_group(group, &grads, updater)?;
+            return Ok(dx);
+        }
+        self.outdate(group);
+        let places: Vec<(usize, &Place)> =
+            self.places.iter().enumerate().filter(|(_, place)| place.group == group).collect();
+        let mut update = |part: Part, values: &mut [f32], grads: &[f32]| {
+            let span = part.span();
+            let mut grads = grads;
+            for (index, place) in &places {
+                let own = span.start.max(place.range.start)..span.end.min(place.range.end);
+                if own.is_empty() {
+                    continue;
+                }
+                let first = own.start - place.range.start;
+                let own_part =
+                    if part.rows > 1 { Part { first, ..part } } else { Part::whole(first..first + own.len()) };
+                let (now, later) = grads.split_at(own_part.len());
+                updater.update(*index, own_part, &mut values[own], now)?;
+                grads = later;
+            }
+            Ok(())
+        };
+        let freed = (self.layers() - group) * tokens * self.engine.config().hidden_size;
+        let tiles = forward.take_block(dy).collect();
+        self.engine.block_backward_update(&mut self.groups[group], tiles, freed, &mut update)
     }
 
     fn is_frugal(&self) -> bool {
@@ -97,12 +145,13 @@ impl<E: BlockEngine> Transformer<E> {
         let mut ids: Vec<u32> = forward.tiles.iter().flat_map(|tile| &tile.ids).copied().collect();
         ids.sort_unstable();
         ids.dedup();
-        let grads = vec![0.0; ids.len() * self.engine.config().hidden_size];
+        let grads = Buffer::zeros(ids.len() * self.engine.config().hidden_size);
         Waiting { ids, grads }
     }
 
-    /// The head and the loss, all rows of the vocabulary in a part being updated before the next: the gradient at the hidden
-    /// states, or none where a number is not finite and nothing was updated.
+    /// The head and the loss, which was [settled](Self::settle), all rows of the vocabulary in a part being updated
+    /// before the next: the gradient at the hidden states, or none where a number is not finite and nothing was
+    /// updated.
     fn head_in_parts(
         &mut self,
         hidden_rh: &[f32],
@@ -110,10 +159,9 @@ impl<E: BlockEngine> Transformer<E> {
         part_ids: usize,
         waiting: &mut Waiting,
         updater: &mut dyn Updater,
-    ) -> Result<Option<Vec<f32>>> {
+    ) -> Result<Option<Buffer>> {
         let (hidden, group) = (self.engine.config().hidden_size, self.head_group());
         let rows = hidden_rh.len() / hidden;
-        self.settle(hidden_rh, loss)?;
         // Logits that are not finite have no gradient, but NaN comes of it where it meets what made them so.
         if !all_finite(hidden_rh) || !all_finite(&self.groups[group]) {
             return Ok(None);
@@ -121,8 +169,10 @@ impl<E: BlockEngine> Transformer<E> {
         let chunk_rows = self.engine.head_chunk_rows();
         // Whole chunks, so that the sums over rows stay those of chunks.
         let rows_each = (PART_LOGITS_BYTES / (4 * part_ids) / chunk_rows).max(1) * chunk_rows;
-        let (mut dhidden_rh, mut logits_rp) = (vec![0.0; hidden_rh.len()], std::mem::take(&mut self.logits_rv));
-        let mut grads = vec![0.0; part_ids.min(self.groups[group].len() / hidden) * hidden];
+        let mut dhidden_rh = Buffer::zeros(hidden_rh.len());
+        let vocab = self.groups[group].len() / hidden;
+        let mut logits_rp = Buffer::dirty(rows_each.min(rows) * part_ids.min(vocab));
+        let mut grads = Buffer::dirty(part_ids.min(vocab) * hidden);
         for start in (0..self.groups[group].len()).step_by(part_ids * hidden) {
             let values_ph = &self.groups[group][start..self.groups[group].len().min(start + part_ids * hidden)];
             let grads_ph = &mut grads[..values_ph.len()];
@@ -131,33 +181,42 @@ impl<E: BlockEngine> Transformer<E> {
                 let range = first..rows.min(first + rows_each);
                 let at = range.start * hidden..range.end * hidden;
                 let part_rh = &hidden_rh[at.clone()];
-                self.engine.head_of_masters(self.device.head(), values_ph, part_rh, &mut logits_rp)?;
-                loss.remake(range, start / hidden, &mut logits_rp)?;
-                let (add, dlogits_rp) = (start > 0, &logits_rp);
+                let logits_rp = &mut logits_rp[..range.len() * (values_ph.len() / hidden)];
+                self.engine.head_of_masters(self.device.head(), values_ph, part_rh, logits_rp)?;
+                loss.remake(range, start / hidden, logits_rp)?;
+                let (add, dlogits_rp) = (start > 0, &*logits_rp);
                 let part = HeadPart { values_ph, hidden_rh: part_rh, dlogits_rp, chunk_rows, add };
                 self.engine.head_part_vjp(part, &mut dhidden_rh[at], grads_ph)?;
             }
             self.update_head_rows(start, grads_ph, waiting, updater)?;
         }
-        self.logits_rv = logits_rp;
         Ok(Some(dhidden_rh))
     }
 
     /// The losses of all rows, from the whole head.
     fn settle(&mut self, hidden_rh: &[f32], loss: &mut dyn HeadLoss) -> Result<()> {
         let hidden = self.engine.config().hidden_size;
-        let mut logits_rv = std::mem::take(&mut self.logits_rv);
-        self.observe(hidden_rh, loss, &mut logits_rv)?;
-        let chunks = self.head_chunks(hidden_rh.len() / hidden);
+        // Rows are settled one by one, so there may be fewer at a time than in a pass that makes gradients.
+        let chunk_rows = self.settled_rows();
+        let mut logits_rv = self.logits_memory(hidden_rh.len() / hidden, chunk_rows);
+        self.observe(hidden_rh, loss, chunk_rows, &mut logits_rv)?;
+        let chunks = chunks(hidden_rh.len() / hidden, chunk_rows);
         for range in &chunks {
+            let part_rh = &hidden_rh[range.start * hidden..range.end * hidden];
             // As in the pass that makes gradients.
-            if chunks.len() > 1 || !loss.needs_first_pass() {
-                self.training_logits(&hidden_rh[range.start * hidden..range.end * hidden], &mut logits_rv)?;
-            }
-            loss.settle(range.clone(), &logits_rv)?;
+            let logits_rv = match chunks.len() > 1 || !loss.needs_first_pass() {
+                true => self.training_logits(part_rh, &mut logits_rv)?,
+                false => &mut logits_rv,
+            };
+            loss.settle(range.clone(), logits_rv)?;
         }
-        self.logits_rv = logits_rv;
         Ok(())
+    }
+
+    /// Rows of logits that are settled at a time.
+    fn settled_rows(&self) -> usize {
+        let row = 4 * self.engine.config().vocab_size;
+        self.engine.head_chunk_rows().min((SETTLED_LOGITS_BYTES / row).max(1))
     }
 
     /// As [`Transformer::head_in_parts`], with the gradient of the whole head held before its update.
@@ -167,8 +226,9 @@ impl<E: BlockEngine> Transformer<E> {
         loss: &mut dyn HeadLoss,
         waiting: &mut Waiting,
         updater: &mut dyn Updater,
-    ) -> Result<Option<Vec<f32>>> {
-        let mut grads = vec![0.0; self.groups[self.head_group()].len()];
+    ) -> Result<Option<Buffer>> {
+        let mut grads = Buffer::dirty(self.groups[self.head_group()].len());
+        clear(&mut grads);
         let dhidden_rh = self.head_pass(hidden_rh, loss, &mut grads)?;
         if !all_finite(&dhidden_rh) || !all_finite(&grads) {
             return Ok(None);
@@ -200,7 +260,8 @@ impl<E: BlockEngine> Transformer<E> {
         }
         self.outdate(group);
         let index = self.index_of(group);
-        updater.update(index, start, &mut self.groups[group][start..start + grads_ph.len()], grads_ph)
+        let range = start..start + grads_ph.len();
+        updater.update(index, Part::whole(range.clone()), &mut self.groups[group][range], grads_ph)
     }
 
     /// Updates rows of the embedding, the values from `start` on; those that wait take their gradient along instead.
@@ -216,7 +277,10 @@ impl<E: BlockEngine> Transformer<E> {
         let values = &mut self.groups[0];
         let mut run = |at: usize, grads: &[f32]| match grads.is_empty() {
             true => Ok(()),
-            false => updater.update(index, start + at, &mut values[start + at..][..grads.len()], grads),
+            false => {
+                let range = start + at..start + at + grads.len();
+                updater.update(index, Part::whole(range.clone()), &mut values[range], grads)
+            }
         };
         let end = start + grads_ph.len();
         let slots = |value: usize| waiting.ids.partition_point(|id| (*id as usize) * hidden < value);
@@ -256,7 +320,8 @@ impl<E: BlockEngine> Transformer<E> {
         let index = self.index_of(0);
         for (id, gradient) in waiting.ids.iter().zip(waiting.grads.chunks_exact(hidden)) {
             let first = *id as usize * hidden;
-            updater.update(index, first, &mut self.groups[0][first..first + hidden], gradient)?;
+            let row = first..first + hidden;
+            updater.update(index, Part::whole(row.clone()), &mut self.groups[0][row], gradient)?;
         }
         Ok(())
     }
@@ -271,7 +336,8 @@ impl<E: BlockEngine> Transformer<E> {
         self.outdate(group);
         let values = &mut self.groups[group];
         for (index, place) in self.places.iter().enumerate().filter(|(_, place)| place.group == group) {
-            updater.update(index, 0, &mut values[place.range.clone()], &grads[place.range.clone()])?;
+            let (values, grads) = (&mut values[place.range.clone()], &grads[place.range.clone()]);
+            updater.update(index, Part::whole(0..grads.len()), values, grads)?;
         }
         Ok(())
     }

@@ -155,6 +155,29 @@ fn parts_of_the_head_and_tiles_one_by_one_change_no_bit() {
     }
 }
 
+#[test]
+fn parts_of_a_block_change_no_bit() {
+    // Parts of two sizes, of gate and of up; several tiles; enough blocks that the last of them keep no attention.
+    for config in configs() {
+        let config = ModelConfig {
+            hidden_size: 176,
+            head_dim: 44,
+            intermediate_size: 1280,
+            num_hidden_layers: 5,
+            initializer_range: 0.05,
+            ..config
+        };
+        let rows = sequences(&[105; 5], config.vocab_size);
+        let engine = CpuEngine::new(config.clone());
+        assert!(engine.updates_block_in_parts(5 * 104) && !engine.updates_block_in_parts(5 * 200));
+        let after = random("cpu", &config, 7);
+        let values = (0..after.params().len()).map(|index| after.read_param(index)).collect();
+        let mut within = Transformer::new(engine, values).unwrap();
+        within.frugal_bytes = 0;
+        compare(after, Box::new(within), Kind::Likelihood, &rows, &format!("{:?}", config.family));
+    }
+}
+
 fn model_of(config: &ModelConfig) -> Box<dyn Model> {
     let engine = CpuEngine::new(config.clone());
     Box::new(Transformer::new(engine, crate::weights::random(config, 7)).unwrap())

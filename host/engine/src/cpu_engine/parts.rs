@@ -1,0 +1,242 @@
+//! A block whose SwiGLU goes in parts of its columns, for models whose step is bound by memory: of gate and up, which
+//! are several times as wide as the stream, only some columns are there at a time, and so are the gradients of the
+//! matrices, each part being updated and forgotten before the next.
+//!
+//! Sums are made in the order in which the whole makes them, so the bits are the same. Along the columns a product sums
+//! in blocks of [`K_BLOCK`], those of gate before those of up: the gradient at the normed stream takes gate's parts as
+//! they come, and up's, which are kept for it, when all of them are there.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use cosmos_kernels::gemm::{K_BLOCK, Left, Right, Shape, gemm};
+use cosmos_kernels::memory::Buffer;
+use cosmos_kernels::rows;
+
+use super::CpuEngine;
+use super::network::{Attended, Saved, Turns};
+use crate::Result;
+use crate::block::{BackwardTile, BlockUpdate};
+use crate::model::Part;
+
+/// Columns of a part: whole blocks of the sums along them.
+const PART_COLUMNS: usize = K_BLOCK;
+/// Rows of up whose gradient is there at a time.
+const UP_ROWS: usize = 2 * PART_COLUMNS;
+
+/// A tile on its way back through the SwiGLU.
+struct PartTile {
+    turns: Arc<Turns>,
+    b: usize,
+    x: Arc<Buffer>,
+    dy: Arc<Buffer>,
+    /// None where it is made again for the attention's backward.
+    attended: Option<Attended>,
+    z_normed: Buffer,
+    /// The gradient at it, as far as it goes.
+    dz_normed: Buffer,
+    /// The gradient at up.
+    dup: Buffer,
+}
+
+impl PartTile {
+    fn rows(&self, hidden: usize) -> usize {
+        self.x.len() / hidden
+    }
+}
+
+impl CpuEngine {
+    /// Whether parts are blocks of the whole's sums, and all columns are here.
+    pub(super) fn has_parts(&self) -> bool {
+        self.inside.is_none() && self.layout.inner.is_multiple_of(K_BLOCK)
+    }
+
+    /// Columns by part.
+    fn column_parts(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let f = self.layout.inner;
+        (0..f).step_by(PART_COLUMNS).map(move |first| first..f.min(first + PART_COLUMNS))
+    }
+
+    /// Where rows of gate lie in the flat buffer; those of up follow the last of them.
+    fn gate_rows(&self, rows: &Range<usize>) -> Range<usize> {
+        let (start, h) = (self.layout.gate_up.start, self.layout.hidden);
+        start + rows.start * h..start + rows.end * h
+    }
+
+    /// Where rows of up lie.
+    fn up_rows(&self, rows: &Range<usize>) -> Range<usize> {
+        let f = self.layout.inner;
+        self.gate_rows(&(f + rows.start..f + rows.end))
+    }
+
+    /// Some columns of gate and the same of up, `[n, 2, columns]`.
+    fn gate_up_part(&self, params: &[f32], columns: &Range<usize>, z_normed: &[f32]) -> Buffer {
+        let (h, f, s) = (self.layout.hidden, self.layout.inner, columns.len());
+        let shape = Shape { m: z_normed.len() / h, n: s, k: h };
+        let mut gate_up = Buffer::dirty(shape.m * 2 * s);
+        let bias = self.layout.gate_up_bias.as_ref().map(|range| &params[range.clone()]);
+        if let Some(bias) = bias {
+            for row in gate_up.chunks_exact_mut(2 * s) {
+                row[..s].copy_from_slice(&bias[columns.clone()]);
+                row[s..].copy_from_slice(&bias[f + columns.start..f + columns.end]);
+            }
+        }
+        for (at, rows) in [(0, self.gate_rows(columns)), (s, self.up_rows(columns))] {
+            let (left, right) = (Left::Rows(z_normed, h), Right::Columns(&params[rows], h));
+            gemm(self.isa, shape, left, right, &mut gate_up[at..], 2 * s, bias.is_some());
+        }
+        gate_up
+    }
+
+    /// [`BlockEngine::block_backward_update`](crate::block::BlockEngine::block_backward_update).
+    pub(super) fn backward_in_parts(
+        &self,
+        params: &mut [f32],
+        tiles: Vec<BackwardTile<Self>>,
+        freed: usize,
+        update: BlockUpdate<'_>,
+    ) -> Result<Vec<Arc<Buffer>>> {
+        let mut tiles = self.enter_parts(params, tiles, freed)?;
+        let mut dbias = vec![0.0; self.layout.gate_up_bias.as_ref().map_or(0, Range::len)];
+        for columns in self.column_parts() {
+            self.gate_down_part(params, &mut tiles, columns, &mut dbias, update)?;
+        }
+        self.up_parts(params, &mut tiles, update)?;
+        if let Some(range) = &self.layout.gate_up_bias {
+            update(Part::whole(range.clone()), params, &dbias)?;
+        }
+        if let Some(range) = &self.layout.down_bias {
+            dbias.clear();
+            dbias.resize(range.len(), 0.0);
+            tiles.iter().for_each(|tile| rows::add_rows(self.isa, &tile.dy, &mut dbias));
+            update(Part::whole(range.clone()), params, &dbias)?;
+        }
+        self.attention_part(params, tiles, update)
+    }
+
+    /// Forward of all tiles up to gate and up.
+    fn enter_parts(&self, params: &[f32], tiles: Vec<BackwardTile<Self>>, freed: usize) -> Result<Vec<PartTile>> {
+        let layout = &self.layout;
+        let run = self.run(layout.weights(params));
+        // What the attentions leave beside what has been freed.
+        let width = layout.heads.row() + layout.heads.width() + layout.hidden;
+        let tokens = tiles.iter().map(|tile| tile.dy.len() / layout.hidden).sum::<usize>();
+        let keeps = tokens * width <= freed;
+        let enter = |tile: BackwardTile<Self>| {
+            let BackwardTile { geometry: turns, b, saved, dy } = tile;
+            let x = match saved {
+                Saved::Input(x) => x,
+                Saved::Whole(whole) => whole.into_input(),
+            };
+            let n = x.len() / layout.hidden;
+            let attended = run.attended(&turns, b, &x)?;
+            let z_normed = run.norm(&attended.z, run.weights.post_norm);
+            let attended = keeps.then_some(attended);
+            let (dz_normed, dup) = (Buffer::dirty(x.len()), Buffer::dirty(n * layout.inner));
+            Ok(PartTile { turns, b, x, dy, attended, z_normed, dz_normed, dup })
+        };
+        tiles.into_iter().map(enter).collect()
+    }
+
+    /// Backward and update of some rows of gate and the same columns of down.
+    fn gate_down_part(
+        &self,
+        params: &mut [f32],
+        tiles: &mut [PartTile],
+        columns: Range<usize>,
+        dbias: &mut [f32],
+        update: BlockUpdate<'_>,
+    ) -> Result<()> {
+        let (h, f, s) = (self.layout.hidden, self.layout.inner, columns.len());
+        let gate_at = self.gate_rows(&columns);
+        let down_at = self.layout.down.start + columns.start;
+        let (mut dgate, mut ddown) = (Buffer::zeros(s * h), Buffer::zeros(h * s));
+        let mut sums = vec![0.0; if dbias.is_empty() { 0 } else { 2 * s }];
+        let (gate, down) = (&params[gate_at.clone()], &params[down_at..self.layout.down.end]);
+        for tile in tiles {
+            let n = tile.rows(h);
+            // Gate and up become the gradients there, and the gradient behind them what they give.
+            let mut gate_up = self.gate_up_part(params, &columns, &tile.z_normed);
+            let mut inner = Buffer::dirty(n * s);
+            let back = Shape { m: n, n: s, k: h };
+            gemm(self.isa, back, Left::Rows(&tile.dy, h), Right::Rows(down, f), &mut inner, s, false);
+            rows::swiglu_vjp(self.isa, &mut gate_up, s, &mut inner);
+            let gather = Shape { m: h, n: s, k: n };
+            gemm(self.isa, gather, Left::Columns(&tile.dy, h), Right::Rows(&inner, s), &mut ddown, s, true);
+            drop(inner);
+            let (back, add) = (Shape { m: n, n: h, k: s }, columns.start > 0);
+            let dz_normed = &mut tile.dz_normed;
+            gemm(self.isa, back, Left::Rows(&gate_up, 2 * s), Right::Rows(gate, h), dz_normed, h, add);
+            let gather = Shape { m: s, n: h, k: n };
+            let (left, right) = (Left::Columns(&gate_up, 2 * s), Right::Rows(&tile.z_normed, h));
+            gemm(self.isa, gather, left, right, &mut dgate, h, true);
+            for (dup, row) in tile.dup.chunks_exact_mut(f).zip(gate_up.chunks_exact(2 * s)) {
+                dup[columns.clone()].copy_from_slice(&row[s..]);
+            }
+            if !sums.is_empty() {
+                rows::add_rows(self.isa, &gate_up, &mut sums);
+            }
+        }
+        if !sums.is_empty() {
+            dbias[columns.clone()].copy_from_slice(&sums[..s]);
+            dbias[f + columns.start..f + columns.end].copy_from_slice(&sums[s..]);
+        }
+        update(Part::whole(gate_at), params, &dgate)?;
+        update(Part { first: down_at, rows: h, width: s, stride: f }, params, &ddown)
+    }
+
+    /// Backward and update of up.
+    fn up_parts(&self, params: &mut [f32], tiles: &mut [PartTile], update: BlockUpdate<'_>) -> Result<()> {
+        let (h, f) = (self.layout.hidden, self.layout.inner);
+        let up = &params[self.up_rows(&(0..f))];
+        for tile in &mut *tiles {
+            let back = Shape { m: tile.rows(h), n: h, k: f };
+            gemm(self.isa, back, Left::Rows(&tile.dup, f), Right::Rows(up, h), &mut tile.dz_normed, h, true);
+        }
+        for first in (0..f).step_by(UP_ROWS) {
+            let rows = first..f.min(first + UP_ROWS);
+            let mut grads = Buffer::zeros(rows.len() * h);
+            for tile in &*tiles {
+                let gather = Shape { m: rows.len(), n: h, k: tile.rows(h) };
+                let (left, right) = (Left::Columns(&tile.dup[first..], f), Right::Rows(&tile.z_normed, h));
+                gemm(self.isa, gather, left, right, &mut grads, h, true);
+            }
+            update(Part::whole(self.up_rows(&rows)), params, &grads)?;
+        }
+        for tile in tiles {
+            (tile.dup, tile.z_normed) = (Buffer::empty(), Buffer::empty());
+        }
+        Ok(())
+    }
+
+    /// Backward of everything before gate and up, and its update.
+    fn attention_part(
+        &self,
+        params: &mut [f32],
+        tiles: Vec<PartTile>,
+        update: BlockUpdate<'_>,
+    ) -> Result<Vec<Arc<Buffer>>> {
+        let layout = &self.layout;
+        let (h, eps) = (layout.hidden, layout.eps);
+        // The parameters before gate and up.
+        let mut grads = Buffer::zeros(layout.gate_up.start);
+        let run = self.run(layout.weights(params));
+        let post_norm = run.weights.post_norm;
+        let back = |tile: PartTile, grads: &mut Buffer| {
+            let PartTile { turns, b, x, dy, attended, dz_normed, .. } = tile;
+            let Attended { raw, mixed, log_sums, z } = attended.map_or_else(|| run.attended(&turns, b, &x), Ok)?;
+            let mut dz = Buffer::of(&dy);
+            drop(dy);
+            let mut dpost_norm = vec![0.0; h];
+            rows::rms_norm_vjp(self.isa, &z, h, 1, post_norm, eps, &dz_normed, h, &mut dz, h, true, &mut dpost_norm);
+            drop((z, dz_normed));
+            rows::add(self.isa, &mut grads[layout.post_norm.clone()], &dpost_norm);
+            let t = x.len() / h / b;
+            let pending = run.attention_vjp(params, &turns, (b, t), &x, raw, &log_sums, &dz)?;
+            Ok(Arc::new(pending.add_to(self.isa, layout, &mixed, &dz, grads)))
+        };
+        let dx = tiles.into_iter().map(|tile| back(tile, &mut grads)).collect::<Result<Vec<_>>>()?;
+        update(Part::whole(0..layout.gate_up.start), params, &grads)?;
+        Ok(dx)
+    }
+}
