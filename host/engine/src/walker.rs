@@ -130,7 +130,7 @@ pub struct Transformer<E: BlockEngine> {
 
 impl<E: BlockEngine> Transformer<E> {
     /// A model from its parameters, `values` in the order of [`ModelConfig::params`].
-    pub fn new(engine: E, values: Vec<Vec<f32>>) -> Result<Self> {
+    pub fn new(engine: E, mut values: Vec<Vec<f32>>) -> Result<Self> {
         let expected = engine.config().params().len();
         if expected != values.len() {
             return Err(EngineError::invalid(
@@ -139,8 +139,10 @@ impl<E: BlockEngine> Transformer<E> {
             ));
         }
         Self::from_source(engine, &mut |index, spec, to| {
-            check_len(spec, values[index].len())?;
-            to.copy_from_slice(&values[index]);
+            // Taken, so that no more than one parameter is there twice.
+            let own = std::mem::take(&mut values[index]);
+            check_len(spec, own.len())?;
+            to.copy_from_slice(&own);
             Ok(())
         })
     }

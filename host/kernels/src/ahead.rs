@@ -87,6 +87,9 @@ impl Drop for Requests {
 }
 
 /// Runs `run`, of whose products those on this thread call `work` now and then.
+///
+/// # Panics
+/// When `work` multiplies matrices itself.
 pub fn along<R>(work: &mut (dyn FnMut() + '_), run: impl FnOnce() -> R) -> R {
     struct Restore(Option<*mut (dyn FnMut() + 'static)>);
     impl Drop for Restore {

@@ -92,7 +92,7 @@ pub(crate) struct Tile {
     /// Columns of C that exist here.
     columns: usize,
     add: bool,
-    /// What is wanted soon after this tile; one of two vectors asks for the first two only.
+    /// What is wanted soon after this tile, of which it asks for as many as [`streams`] says.
     soon: [Stream; STREAMS],
 }
 
@@ -116,7 +116,6 @@ pub(crate) unsafe fn micro_tile<S: Simd, const ROWS: usize, const VECTORS: usize
         *place = j / 2 * tile.panel_stride + j % 2 * S::LANES;
     }
     let (mut a, mut b, mut soon) = (tile.a, tile.b, tile.soon);
-    let streams = if VECTORS == 3 { STREAMS } else { 2 };
     for i in 0..ROWS {
         // C is read or written only at the end, and comes from memory: it is asked for now.
         let c = tile.c.wrapping_add(i * tile.c_stride);
@@ -125,7 +124,7 @@ pub(crate) unsafe fn micro_tile<S: Simd, const ROWS: usize, const VECTORS: usize
         }
     }
     for _ in 0..tile.k {
-        for stream in &mut soon[..streams] {
+        for stream in &mut soon[..const { streams(VECTORS) }] {
             s.prefetch_far(stream.at);
             stream.at = stream.at.wrapping_add(stream.step);
         }
@@ -431,7 +430,8 @@ fn panel_block(k: usize) -> usize {
 }
 
 thread_local! {
-    /// Copies of parts of A and B. Held only while one piece runs, which calls nothing that could run another.
+    /// Copies of parts of A and B. Held only while one piece runs, which calls nothing that could run another: what
+    /// [`ahead::along`] adds must not.
     static COPIES: RefCell<(Buffer, Buffer)> = const { RefCell::new((Buffer::empty(), Buffer::empty())) };
 }
 
@@ -559,7 +559,7 @@ fn pass<S: Simd>(
                 };
                 // SAFETY: `a` holds `count` rows of this block. The vectors are there: parts are whole groups of panels,
                 // and so are packed matrices and the copies. C was checked, and no other part has these rows and panels.
-                unsafe { s.micro(count, s.vectors(count, taken), &tile) };
+                unsafe { s.micro(count, taken, &tile) };
             }
             ahead::meanwhile();
             vector += taken;
@@ -588,8 +588,6 @@ struct Place {
 fn soon<S: Simd>(place: Place, from: Panels<'_>, ahead: &mut ahead::Requests, near: *const f32) -> [Stream; STREAMS] {
     let Place { tile, tiles, vector, taken, k, .. } = place;
     let none = Stream { at: near, step: 0 };
-    let mut other = || ahead.take(k).map_or(none, |at| Stream { at, step: LINE });
-    let ahead = other();
     // Half a panel is a line with every row of k. The next tiles may begin in the middle of a panel, which was asked for as
     // a whole then.
     let first = (vector + taken + taken % 2).next_multiple_of(if taken == 3 { 1 } else { 2 });
@@ -602,18 +600,36 @@ fn soon<S: Simd>(place: Place, from: Panels<'_>, ahead: &mut ahead::Requests, ne
         };
         Stream { at: at.wrapping_add(rest), step: S::LANES }
     };
-    match (tiles, tile) {
-        (1, _) if taken == 3 => [half(0), half(1), half(2)],
-        (1, _) => [half(0), half(1), ahead],
+    let mut soon = [none; STREAMS];
+    let soon_len = streams(taken);
+    let own = match (tiles, tile) {
+        (1, _) => {
+            soon[..soon_len].iter_mut().enumerate().for_each(|(index, stream)| *stream = half(index));
+            soon_len
+        }
         // Two tiles have half of the third each.
         (2, _) if taken == 3 => {
             let third = half(2);
             let at = third.at.wrapping_add(tile * k / 2 * S::LANES);
-            [half(tile), Stream { at, step: S::LANES / 2 }, ahead]
+            (soon[0], soon[1]) = (half(tile), Stream { at, step: S::LANES / 2 });
+            2
         }
-        _ if tile < taken => [half(tile), ahead, other()],
-        _ => [none, ahead, other()],
+        _ if tile < taken => {
+            soon[0] = half(tile);
+            1
+        }
+        _ => 0,
+    };
+    for stream in &mut soon[own..soon_len] {
+        *stream = ahead.take(k).map_or(none, |at| Stream { at, step: LINE });
     }
+    soon
+}
+
+/// Streams that a micro-tile of so many vectors asks for.
+#[inline(always)]
+const fn streams(vectors: usize) -> usize {
+    if vectors == 3 { STREAMS } else { 2 }
 }
 
 /// Rows of each micro-tile of a block, so that they are about equal.

@@ -10,6 +10,16 @@ pub(crate) const ROUND: f32 = 12_582_912.0;
 /// Bits of √½: subtracting them splits a float into an exponent and a mantissa around 1.
 const ROOT_HALF: i32 = 0x3f35_04f3;
 
+/// The micro-tile of `$rows` by `$vectors`, one of those listed; see [`crate::gemm::micro_tile`].
+macro_rules! micro_tiles {
+    ($s:ident, $rows:ident, $vectors:ident, $tile:ident, [$($r:literal by $v:literal),* $(,)?]) => {
+        match ($rows, $vectors) {
+            $(($r, $v) => crate::gemm::micro_tile::<Self, $r, $v>($s, $tile),)*
+            _ => unreachable!("a tile of {} rows and {} vectors", $rows, $vectors),
+        }
+    };
+}
+
 /// One instruction set's vectors.
 pub(crate) trait Simd: Copy {
     /// A vector of [`Simd::LANES`] numbers.
@@ -240,18 +250,11 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn micro(self, rows: usize, vectors: usize, tile: &crate::gemm::Tile) {
-        use crate::gemm::micro_tile;
         // SAFETY: the caller's promise.
         unsafe {
-            match (rows, vectors) {
-                (1, 8) => micro_tile::<Self, 1, 8>(self, tile),
-                (2, 4) => micro_tile::<Self, 2, 4>(self, tile),
-                (3, 4) => micro_tile::<Self, 3, 4>(self, tile),
-                (1, _) => micro_tile::<Self, 1, 2>(self, tile),
-                (2, _) => micro_tile::<Self, 2, 2>(self, tile),
-                (3, _) => micro_tile::<Self, 3, 2>(self, tile),
-                _ => micro_tile::<Self, 4, 2>(self, tile),
-            }
+            micro_tiles!(self, rows, vectors, tile, [
+                1 by 8, 2 by 4, 3 by 4, 1 by 2, 2 by 2, 3 by 2, 4 by 2,
+            ])
         }
     }
 }
@@ -264,7 +267,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::{ROOT_HALF, ROUND, Simd};
-    use crate::gemm::{Tile, micro_tile};
+    use crate::gemm::Tile;
 
     /// AVX-512 (F, BW, DQ, VL).
     #[derive(Clone, Copy)]
@@ -430,32 +433,13 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn micro(self, rows: usize, vectors: usize, tile: &Tile) {
+            // SAFETY: the caller's promise.
             unsafe {
-                match (rows, vectors) {
-                    (1, 8) => micro_tile::<Self, 1, 8>(self, tile),
-                    (2, 4) => micro_tile::<Self, 2, 4>(self, tile),
-                    (3, 4) => micro_tile::<Self, 3, 4>(self, tile),
-                    (1, 3) => micro_tile::<Self, 1, 3>(self, tile),
-                    (2, 3) => micro_tile::<Self, 2, 3>(self, tile),
-                    (3, 3) => micro_tile::<Self, 3, 3>(self, tile),
-                    (4, 3) => micro_tile::<Self, 4, 3>(self, tile),
-                    (5, 3) => micro_tile::<Self, 5, 3>(self, tile),
-                    (6, 3) => micro_tile::<Self, 6, 3>(self, tile),
-                    (7, 3) => micro_tile::<Self, 7, 3>(self, tile),
-                    (8, 3) => micro_tile::<Self, 8, 3>(self, tile),
-                    (1, _) => micro_tile::<Self, 1, 2>(self, tile),
-                    (2, _) => micro_tile::<Self, 2, 2>(self, tile),
-                    (3, _) => micro_tile::<Self, 3, 2>(self, tile),
-                    (4, _) => micro_tile::<Self, 4, 2>(self, tile),
-                    (5, _) => micro_tile::<Self, 5, 2>(self, tile),
-                    (6, _) => micro_tile::<Self, 6, 2>(self, tile),
-                    (7, _) => micro_tile::<Self, 7, 2>(self, tile),
-                    (8, _) => micro_tile::<Self, 8, 2>(self, tile),
-                    (9, _) => micro_tile::<Self, 9, 2>(self, tile),
-                    (10, _) => micro_tile::<Self, 10, 2>(self, tile),
-                    (11, _) => micro_tile::<Self, 11, 2>(self, tile),
-                    _ => micro_tile::<Self, 12, 2>(self, tile),
-                }
+                micro_tiles!(self, rows, vectors, tile, [
+                    1 by 8, 2 by 4, 3 by 4, 1 by 3, 2 by 3, 3 by 3, 4 by 3, 5 by 3, 6 by 3, 7 by 3, 8 by 3,
+                    1 by 2, 2 by 2, 3 by 2, 4 by 2, 5 by 2, 6 by 2, 7 by 2, 8 by 2, 9 by 2, 10 by 2, 11 by 2,
+                    12 by 2,
+                ])
             }
         }
     }
@@ -590,18 +574,11 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn micro(self, rows: usize, vectors: usize, tile: &Tile) {
+            // SAFETY: the caller's promise.
             unsafe {
-                match (rows, vectors) {
-                    (1, 8) => micro_tile::<Self, 1, 8>(self, tile),
-                    (2, 4) => micro_tile::<Self, 2, 4>(self, tile),
-                    (3, 4) => micro_tile::<Self, 3, 4>(self, tile),
-                    (1, _) => micro_tile::<Self, 1, 2>(self, tile),
-                    (2, _) => micro_tile::<Self, 2, 2>(self, tile),
-                    (3, _) => micro_tile::<Self, 3, 2>(self, tile),
-                    (4, _) => micro_tile::<Self, 4, 2>(self, tile),
-                    (5, _) => micro_tile::<Self, 5, 2>(self, tile),
-                    _ => micro_tile::<Self, 6, 2>(self, tile),
-                }
+                micro_tiles!(self, rows, vectors, tile, [
+                    1 by 8, 2 by 4, 3 by 4, 1 by 2, 2 by 2, 3 by 2, 4 by 2, 5 by 2, 6 by 2,
+                ])
             }
         }
     }
@@ -615,7 +592,7 @@ mod arm {
     use std::arch::aarch64::*;
 
     use super::{ROOT_HALF, ROUND, Simd};
-    use crate::gemm::{Tile, micro_tile};
+    use crate::gemm::Tile;
 
     /// NEON.
     #[derive(Clone, Copy)]
@@ -723,24 +700,12 @@ mod arm {
         }
         #[inline(always)]
         unsafe fn micro(self, rows: usize, vectors: usize, tile: &Tile) {
+            // SAFETY: the caller's promise.
             unsafe {
-                match (rows, vectors) {
-                    (1, 8) => micro_tile::<Self, 1, 8>(self, tile),
-                    (2, 4) => micro_tile::<Self, 2, 4>(self, tile),
-                    (3, 4) => micro_tile::<Self, 3, 4>(self, tile),
-                    (1, _) => micro_tile::<Self, 1, 2>(self, tile),
-                    (2, _) => micro_tile::<Self, 2, 2>(self, tile),
-                    (3, _) => micro_tile::<Self, 3, 2>(self, tile),
-                    (4, _) => micro_tile::<Self, 4, 2>(self, tile),
-                    (5, _) => micro_tile::<Self, 5, 2>(self, tile),
-                    (6, _) => micro_tile::<Self, 6, 2>(self, tile),
-                    (7, _) => micro_tile::<Self, 7, 2>(self, tile),
-                    (8, _) => micro_tile::<Self, 8, 2>(self, tile),
-                    (9, _) => micro_tile::<Self, 9, 2>(self, tile),
-                    (10, _) => micro_tile::<Self, 10, 2>(self, tile),
-                    (11, _) => micro_tile::<Self, 11, 2>(self, tile),
-                    _ => micro_tile::<Self, 12, 2>(self, tile),
-                }
+                micro_tiles!(self, rows, vectors, tile, [
+                    1 by 8, 2 by 4, 3 by 4, 1 by 2, 2 by 2, 3 by 2, 4 by 2, 5 by 2, 6 by 2, 7 by 2, 8 by 2,
+                    9 by 2, 10 by 2, 11 by 2, 12 by 2,
+                ])
             }
         }
     }

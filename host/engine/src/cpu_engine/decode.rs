@@ -66,10 +66,13 @@ impl Walk<'_> {
     /// Rows of a step's group that are read after it, where these are not all.
     fn wanted(&self, step: usize) -> Option<Vec<u32>> {
         let (layer, at) = self.at(step);
+        if layer + 1 < self.blocks.len() {
+            return None;
+        }
         let group = &self.groups[at];
         let own = self.wanted.iter().filter(|row| group.contains(&(**row as usize)));
         let own: Vec<u32> = own.map(|row| row - group.start as u32).collect();
-        (layer + 1 == self.blocks.len() && own.len() < group.len()).then_some(own)
+        (own.len() < group.len()).then_some(own)
     }
 }
 
@@ -126,11 +129,10 @@ impl CpuEngine {
             }?;
         }
         let mut all = Buffer::dirty(streams.iter().map(|x| x.len()).sum());
-        let mut rest = &mut *all;
+        let mut end = 0;
         for x in &streams {
-            let (own, after) = std::mem::take(&mut rest).split_at_mut(x.len());
-            own.copy_from_slice(x);
-            rest = after;
+            all[end..end + x.len()].copy_from_slice(x);
+            end += x.len();
         }
         Ok(all)
     }
