@@ -190,8 +190,9 @@ impl CpuEngine {
     /// all asked for since: what was just written is better not read at once.
     fn attend_asked(&self, kv: &mut [Cache], to: &mut Attending) -> Result<()> {
         let width = self.layout.heads.width();
+        let mut pages = Vec::new();
         for index in to.done..to.appended {
-            self.attend(kv, &to.rows, &to.qkv, index, &mut to.mixed[index * width..][..width]);
+            self.attend(kv, &to.rows, &to.qkv, index, &mut pages, &mut to.mixed[index * width..][..width]);
         }
         to.done = to.appended;
         self.append(kv, to, ahead::asked().min(to.rows.len()))
@@ -206,26 +207,36 @@ impl CpuEngine {
         let read: usize = rows[*done..].iter().map(|row| row.position).sum::<usize>() * width;
         let each = left.div_ceil(8 * self.lanes()).max(1);
         threads::each_part(&mut mixed[*done * width..], each * width, read > ATTEND_SPREAD, |part, mixed| {
+            let mut pages = Vec::new();
             for (index, out) in mixed.chunks_exact_mut(width).enumerate() {
-                self.attend(kv, rows, qkv, *done + part * each + index, out);
+                self.attend(kv, rows, qkv, *done + part * each + index, &mut pages, out);
             }
         });
         Ok(())
     }
 
-    /// Attention of one of `rows`: `[heads · dim]`.
-    fn attend(&self, kv: &[Cache], rows: &[DecodeRow], qkv: &[f32], index: usize, out: &mut [f32]) {
+    /// Attention of one of `rows`: `[heads · dim]`; `pages` is scratch.
+    fn attend<'a>(
+        &self,
+        kv: &'a [Cache],
+        rows: &[DecodeRow],
+        qkv: &[f32],
+        index: usize,
+        pages: &mut Vec<&'a Page>,
+        out: &mut [f32],
+    ) {
         thread_local! {
             /// Held while one token is attended to, which stays on its thread.
             static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
         }
         let heads = self.layout.heads;
         let row = rows[index];
-        let pages: Vec<&Page> = kv[row.slot].pages().collect();
+        pages.clear();
+        pages.extend(kv[row.slot].pages());
         let queries = &qkv[index * heads.row()..][..heads.width()];
         let next = rows.get(index + 1).and_then(|row| kv[row.slot].pages().next());
         SCORES.with_borrow_mut(|scores| {
-            attend(self.isa, heads, &pages, row.position + 1, queries, scores, out, next);
+            attend(self.isa, heads, pages, row.position + 1, queries, scores, out, next);
         });
     }
 }
