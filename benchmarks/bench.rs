@@ -36,7 +36,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const USAGE: &str = "usage: bench --suite compare --student DIR --teacher DIR --sequences FILE --prompt-tokens N \
-                     [--micro-batch N] [--only rollout|score|train] [--repeats N] [--device D] [--json FILE]\n       \
+                     [--micro-batch N] [--seconds-min S] [--only rollout|score|train] [--repeats N] [--device D] [--json FILE]\n       \
                      bench --suite train --student DIR \
                      --sequences FILE --steps N --learning-rate R [--update in-backward|after] [--device D] [--json FILE]\n       \
                      bench --suite decode \
@@ -100,6 +100,21 @@ fn timed_both<T>(work: impl FnOnce() -> Result<T>) -> Result<(f64, f64, T)> {
     Ok((seconds, cpu_seconds() - before, value))
 }
 
+/// `work` again and again until `seconds_min` have passed: seconds and processor seconds of one, and what the first gave.
+fn repeated<T>(seconds_min: f64, mut work: impl FnMut() -> Result<T>) -> Result<(f64, f64, T)> {
+    let mut times = 1.0;
+    let (wall, cpu, first) = timed_both(|| {
+        let start = Instant::now();
+        let first = work()?;
+        while start.elapsed().as_secs_f64() < seconds_min {
+            work()?;
+            times += 1.0;
+        }
+        Ok(first)
+    })?;
+    Ok((wall / times, cpu / times, first))
+}
+
 /// Processor time of this process so far, or 0 where the system does not say.
 fn cpu_seconds() -> f64 {
     let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return 0.0 };
@@ -150,10 +165,12 @@ fn compare(arguments: &Arguments) -> Result<Value> {
             .collect();
         return Ok(json!({ "device": device, "phase": only, "completion_tokens": tokens, "runs": runs }));
     }
-    let (rollout_seconds, rollout_cpu, tokens) = timed_both(|| rollout(student.as_mut(), &sequences, prompt_len))?;
+    let seconds_min = arguments.number("seconds-min").unwrap_or(0.0);
+    let (rollout_seconds, rollout_cpu, tokens) =
+        repeated(seconds_min, || rollout(student.as_mut(), &sequences, prompt_len))?;
     let (score_seconds, score_cpu, logprob_sum) =
-        timed_both(|| score_all(teacher.as_mut(), &sequences, prompt_len, micro_batch))?;
-    let (train_seconds, train_cpu, report) = timed_both(|| {
+        repeated(seconds_min, || score_all(teacher.as_mut(), &sequences, prompt_len, micro_batch))?;
+    let (train_seconds, train_cpu, report) = repeated(seconds_min, || {
         let report = accumulate(student.as_mut(), teacher.as_mut(), &sequences, prompt_len, micro_batch)?;
         let stats = adam.step(student.as_mut(), 1e-4, Some(1.0))?;
         if !stats.finite {

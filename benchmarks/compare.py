@@ -9,7 +9,8 @@ of tokens on both sides:
   train    one optimizer step of full-vocabulary reverse KL to the teacher (teacher forward included), in
            micro-batches, with clipping to norm 1 and AdamW
 
-Rounds alternate between the two programs; the table shows the median of the rounds. The first training loss of both
+Rounds alternate between the two programs; in each, either side repeats a phase until `--seconds-min` have passed. The
+table shows the median of the rounds. The first training loss of both
 must agree, or nothing is printed: a ratio between different work says nothing.
 
 Needs torch, transformers, trl and safetensors in the Python that runs it, and
@@ -48,6 +49,7 @@ def arguments():
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds-min", type=float, default=1.0, help="repeat each phase of a round for so long; the round's time is the mean")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu", help="of cosmos-host; PyTorch runs on the CPU, or on CUDA for burn:cuda")
     parser.add_argument("--cpu-time", action="store_true", help="compare processor time on one thread instead of the clock: for a machine that does other work too")
@@ -88,11 +90,14 @@ class Reference:
         if self.device == "cuda":
             torch.cuda.synchronize()
         clock = time.process_time if self.options.cpu_time else time.perf_counter
-        start = clock()
+        start, started, times = clock(), time.perf_counter(), 1
         result = work()
+        while time.perf_counter() - started < self.options.seconds_min:
+            work()
+            times += 1
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return clock() - start, result
+        return (clock() - start) / times, result
 
     def rollout(self, prompts):
         import torch
@@ -155,7 +160,8 @@ def ours(binary, folder, options):
     command = [
         str(binary), "--suite", "compare", "--device", options.device, "--student", str(folder / "student"),
         "--teacher", str(folder / "teacher"), "--sequences", str(folder / "sequences.json"),
-        "--prompt-tokens", str(options.prompt_tokens), "--micro-batch", str(options.micro_batch), "--json", str(out),
+        "--prompt-tokens", str(options.prompt_tokens), "--micro-batch", str(options.micro_batch),
+        "--seconds-min", str(options.seconds_min), "--json", str(out),
     ]
     environment = dict(os.environ, RAYON_NUM_THREADS=str(options.threads))
     subprocess.run(command, check=True, env=environment)
@@ -212,7 +218,7 @@ def main():
         "work": {
             "size": options.size, "student_parameters": parameters[0], "teacher_parameters": parameters[1], "vocab": size["vocab"],
             "sequences": options.sequences, "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens,
-            "micro_batch": options.micro_batch, "rounds": options.rounds,
+            "micro_batch": options.micro_batch, "seconds_min": options.seconds_min, "rounds": options.rounds,
         },
         "phases": {},
     }
