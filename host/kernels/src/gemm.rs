@@ -655,6 +655,8 @@ fn copy_rows<S: Simd>(s: S, left: Left<'_>, rows: Range<usize>, depth: Range<usi
                 let to = &mut to[..count * k];
                 match count {
                     12 => copy_columns::<12>(from, stride, to),
+                    8 => copy_columns::<8>(from, stride, to),
+                    7 => copy_columns::<7>(from, stride, to),
                     6 => copy_columns::<6>(from, stride, to),
                     _ => to
                         .chunks_exact_mut(count)
