@@ -437,7 +437,8 @@ impl BlockEngine for CpuEngine {
 
     fn updates_block_in_parts(&self, tokens: usize) -> bool {
         let block = self.config.block_params(0).iter().map(ParamSpec::len).sum::<usize>();
-        self.has_parts() && tokens * self.layout.inner <= block
+        // Parts want the normed stream of all tokens and the gradient there, the whole the gradient of all matrices.
+        self.has_parts() && 2 * tokens * self.layout.hidden <= block
     }
 
     fn block_backward_update(

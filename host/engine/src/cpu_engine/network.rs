@@ -35,6 +35,7 @@ use cosmos_kernels::{Isa, attention, rows};
 
 use super::inside::Inside;
 use super::layout::{Layout, Projection, Weights};
+use super::parts::{PART_COLUMNS, column_parts};
 use crate::Result;
 
 /// Cosines and sines of positions from 0, `[position, dim / 2]`.
@@ -268,13 +269,30 @@ impl Run<'_> {
         Ok(Attended { raw, mixed, log_sums, z })
     }
 
-    /// As [`Run::back`] where the input is the same on all tensor parallel ranks: the sum over them.
-    fn back_joint(&self, dy: &[f32], weight: &[f32], n: usize, k: usize) -> Result<Buffer> {
-        let mut dx = self.back(dy, weight, n, k);
+    /// A gradient at what is the same on all tensor parallel ranks: the sum over them.
+    fn joint(&self, mut dx: Buffer) -> Result<Buffer> {
         if let Some(inside) = self.inside {
             inside.sum(&mut dx)?;
         }
         Ok(dx)
+    }
+
+    /// As [`Run::back`] for gate and up, summed in the order of [`column_parts`].
+    fn back_gate_up(&self, dgate_up: &[f32], weight: &[f32]) -> Buffer {
+        let (h, f) = (self.layout.hidden, self.layout.inner);
+        if f <= PART_COLUMNS {
+            return self.back(dgate_up, weight, 2 * f, h);
+        }
+        let m = dgate_up.len() / (2 * f);
+        let mut dx = Buffer::dirty(m * h);
+        let parts = column_parts(f).flat_map(|part| [part.start..part.end, f + part.start..f + part.end]);
+        for (index, columns) in parts.enumerate() {
+            let shape = Shape { m, n: h, k: columns.len() };
+            let (left, right) =
+                (Left::Rows(&dgate_up[columns.start..], 2 * f), Right::Rows(&weight[columns.start * h..], h));
+            gemm(self.isa, shape, left, right, &mut dx, h, index > 0);
+        }
+        dx
     }
 
     /// `dy · W` for a weight `[n, k]` of the flat buffer.
@@ -299,7 +317,7 @@ impl Run<'_> {
         let mut inner = self.back(&dy, weight(&layout.down), h, f);
         let mut dgate_up = gate_up;
         rows::swiglu_vjp(self.isa, &mut dgate_up, f, &mut inner);
-        let dz_normed = self.back_joint(&dgate_up, weight(&layout.gate_up), 2 * f, h)?;
+        let dz_normed = self.joint(self.back_gate_up(&dgate_up, weight(&layout.gate_up)))?;
         let mut dz = Buffer::of(&dy);
         let mut dpost_norm = vec![0.0; h];
         let post_norm = self.weights.post_norm;
@@ -334,7 +352,7 @@ impl Run<'_> {
         drop((qkv, dmixed));
         let (draw, dqk_norms) = self.turned_vjp(&raw, dqkv, turns, t);
         drop(raw);
-        let dx_normed = self.back_joint(&draw, weight(&layout.qkv), heads.row(), h)?;
+        let dx_normed = self.joint(self.back(&draw, weight(&layout.qkv), heads.row(), h))?;
         let mut dx = Buffer::of(dz);
         let mut dinput_norm = vec![0.0; h];
         let input_norm = self.weights.input_norm;

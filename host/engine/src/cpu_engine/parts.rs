@@ -2,9 +2,9 @@
 //! are several times as wide as the stream, only some columns are there at a time, and so are the gradients of the
 //! matrices, each part being updated and forgotten before the next.
 //!
-//! Sums are made in the order in which the whole makes them, so the bits are the same. Along the columns a product sums
-//! in blocks of [`K_BLOCK`], those of gate before those of up: the gradient at the normed stream takes gate's parts as
-//! they come, and up's, which are kept for it, when all of them are there.
+//! Sums are made in the order in which the whole makes them ([`column_parts`]), so the bits are the same: along the columns
+//! a product sums in blocks of [`K_BLOCK`], and the gradient at the normed stream takes a part of gate and the same of up
+//! before the next.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,10 +19,13 @@ use crate::Result;
 use crate::block::{BackwardTile, BlockUpdate};
 use crate::model::Part;
 
-/// Columns of a part: whole blocks of the sums along them.
-const PART_COLUMNS: usize = K_BLOCK;
-/// Rows of up whose gradient is there at a time.
-const UP_ROWS: usize = 2 * PART_COLUMNS;
+/// Columns of a part: whole blocks of the sums along them. Fewer are slower, as factors are copied for each part.
+pub(super) const PART_COLUMNS: usize = 4 * K_BLOCK;
+
+/// The parts of `columns` columns.
+pub(super) fn column_parts(columns: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..columns).step_by(PART_COLUMNS).map(move |first| first..columns.min(first + PART_COLUMNS))
+}
 
 /// A tile on its way back through the SwiGLU.
 struct PartTile {
@@ -35,8 +38,6 @@ struct PartTile {
     z_normed: Buffer,
     /// The gradient at it, as far as it goes.
     dz_normed: Buffer,
-    /// The gradient at up.
-    dup: Buffer,
 }
 
 impl PartTile {
@@ -49,12 +50,6 @@ impl CpuEngine {
     /// Whether parts are blocks of the whole's sums, and all columns are here.
     pub(super) fn has_parts(&self) -> bool {
         self.inside.is_none() && self.layout.inner.is_multiple_of(K_BLOCK)
-    }
-
-    /// Columns by part.
-    fn column_parts(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let f = self.layout.inner;
-        (0..f).step_by(PART_COLUMNS).map(move |first| first..f.min(first + PART_COLUMNS))
     }
 
     /// Where rows of gate lie in the flat buffer; those of up follow the last of them.
@@ -98,10 +93,10 @@ impl CpuEngine {
     ) -> Result<Vec<Arc<Buffer>>> {
         let mut tiles = self.enter_parts(params, tiles, freed)?;
         let mut dbias = vec![0.0; self.layout.gate_up_bias.as_ref().map_or(0, Range::len)];
-        for columns in self.column_parts() {
-            self.gate_down_part(params, &mut tiles, columns, &mut dbias, update)?;
+        for columns in column_parts(self.layout.inner) {
+            self.inner_part(params, &mut tiles, columns, &mut dbias, update)?;
         }
-        self.up_parts(params, &mut tiles, update)?;
+        tiles.iter_mut().for_each(|tile| tile.z_normed = Buffer::empty());
         if let Some(range) = &self.layout.gate_up_bias {
             update(Part::whole(range.clone()), params, &dbias)?;
         }
@@ -128,18 +123,17 @@ impl CpuEngine {
                 Saved::Input(x) => x,
                 Saved::Whole(whole) => whole.into_input(),
             };
-            let n = x.len() / layout.hidden;
             let attended = run.attended(&turns, b, &x)?;
             let z_normed = run.norm(&attended.z, run.weights.post_norm);
             let attended = keeps.then_some(attended);
-            let (dz_normed, dup) = (Buffer::dirty(x.len()), Buffer::dirty(n * layout.inner));
-            Ok(PartTile { turns, b, x, dy, attended, z_normed, dz_normed, dup })
+            let dz_normed = Buffer::dirty(x.len());
+            Ok(PartTile { turns, b, x, dy, attended, z_normed, dz_normed })
         };
         tiles.into_iter().map(enter).collect()
     }
 
-    /// Backward and update of some rows of gate and the same columns of down.
-    fn gate_down_part(
+    /// Backward and update of some rows of gate and up, and the same columns of down.
+    fn inner_part(
         &self,
         params: &mut [f32],
         tiles: &mut [PartTile],
@@ -148,11 +142,13 @@ impl CpuEngine {
         update: BlockUpdate<'_>,
     ) -> Result<()> {
         let (h, f, s) = (self.layout.hidden, self.layout.inner, columns.len());
-        let gate_at = self.gate_rows(&columns);
+        // Gate and up: their place beside each other here, and in the flat buffer.
+        let both = [(0, self.gate_rows(&columns)), (s, self.up_rows(&columns))];
         let down_at = self.layout.down.start + columns.start;
-        let (mut dgate, mut ddown) = (Buffer::zeros(s * h), Buffer::zeros(h * s));
+        let mut dboth = [Buffer::zeros(s * h), Buffer::zeros(s * h)];
+        let mut ddown = Buffer::zeros(h * s);
         let mut sums = vec![0.0; if dbias.is_empty() { 0 } else { 2 * s }];
-        let (gate, down) = (&params[gate_at.clone()], &params[down_at..self.layout.down.end]);
+        let down = &params[down_at..self.layout.down.end];
         for tile in tiles {
             let n = tile.rows(h);
             // Gate and up become the gradients there, and the gradient behind them what they give.
@@ -164,14 +160,13 @@ impl CpuEngine {
             let gather = Shape { m: h, n: s, k: n };
             gemm(self.isa, gather, Left::Columns(&tile.dy, h), Right::Rows(&inner, s), &mut ddown, s, true);
             drop(inner);
-            let (back, add) = (Shape { m: n, n: h, k: s }, columns.start > 0);
-            let dz_normed = &mut tile.dz_normed;
-            gemm(self.isa, back, Left::Rows(&gate_up, 2 * s), Right::Rows(gate, h), dz_normed, h, add);
-            let gather = Shape { m: s, n: h, k: n };
-            let (left, right) = (Left::Columns(&gate_up, 2 * s), Right::Rows(&tile.z_normed, h));
-            gemm(self.isa, gather, left, right, &mut dgate, h, true);
-            for (dup, row) in tile.dup.chunks_exact_mut(f).zip(gate_up.chunks_exact(2 * s)) {
-                dup[columns.clone()].copy_from_slice(&row[s..]);
+            for ((at, rows), grads) in both.iter().zip(&mut dboth) {
+                let (back, add) = (Shape { m: n, n: h, k: s }, columns.start + at > 0);
+                let (left, right) = (Left::Rows(&gate_up[*at..], 2 * s), Right::Rows(&params[rows.clone()], h));
+                gemm(self.isa, back, left, right, &mut tile.dz_normed, h, add);
+                let gather = Shape { m: s, n: h, k: n };
+                let (left, right) = (Left::Columns(&gate_up[*at..], 2 * s), Right::Rows(&tile.z_normed, h));
+                gemm(self.isa, gather, left, right, grads, h, true);
             }
             if !sums.is_empty() {
                 rows::add_rows(self.isa, &gate_up, &mut sums);
@@ -181,32 +176,10 @@ impl CpuEngine {
             dbias[columns.clone()].copy_from_slice(&sums[..s]);
             dbias[f + columns.start..f + columns.end].copy_from_slice(&sums[s..]);
         }
-        update(Part::whole(gate_at), params, &dgate)?;
+        for ((_, rows), grads) in both.into_iter().zip(dboth) {
+            update(Part::whole(rows), params, &grads)?;
+        }
         update(Part { first: down_at, rows: h, width: s, stride: f }, params, &ddown)
-    }
-
-    /// Backward and update of up.
-    fn up_parts(&self, params: &mut [f32], tiles: &mut [PartTile], update: BlockUpdate<'_>) -> Result<()> {
-        let (h, f) = (self.layout.hidden, self.layout.inner);
-        let up = &params[self.up_rows(&(0..f))];
-        for tile in &mut *tiles {
-            let back = Shape { m: tile.rows(h), n: h, k: f };
-            gemm(self.isa, back, Left::Rows(&tile.dup, f), Right::Rows(up, h), &mut tile.dz_normed, h, true);
-        }
-        for first in (0..f).step_by(UP_ROWS) {
-            let rows = first..f.min(first + UP_ROWS);
-            let mut grads = Buffer::zeros(rows.len() * h);
-            for tile in &*tiles {
-                let gather = Shape { m: rows.len(), n: h, k: tile.rows(h) };
-                let (left, right) = (Left::Columns(&tile.dup[first..], f), Right::Rows(&tile.z_normed, h));
-                gemm(self.isa, gather, left, right, &mut grads, h, true);
-            }
-            update(Part::whole(self.up_rows(&rows)), params, &grads)?;
-        }
-        for tile in tiles {
-            (tile.dup, tile.z_normed) = (Buffer::empty(), Buffer::empty());
-        }
-        Ok(())
     }
 
     /// Backward of everything before gate and up, and its update.
