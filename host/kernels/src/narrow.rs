@@ -224,8 +224,6 @@ impl Narrow {
 thread_local! {
     /// Rows of x in the order in which tiles read them. Taken out while it is used, since other work may run meanwhile.
     static COPY: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    /// A block of a panel in f32. Held only while one piece runs, which calls nothing that could run another.
-    static WIDE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 // ---- from f32 ---------------------------------------------------------------------------------------------------------
@@ -359,21 +357,18 @@ struct Job<'a> {
 /// The panels `panels` of a product. Only for [`Narrow::product`], which has checked that `x` and `out` fit and that nothing
 /// else writes to these panels.
 fn piece(isa: Isa, job: Job<'_>, panels: Range<usize>) {
-    WIDE.with_borrow_mut(|wide| {
-        wide.resize(BLOCK_NUMBERS, 0.0);
-        piece_with(isa, job, panels, wide);
-    });
+    piece_with(isa, job, panels);
 }
 
 dispatched! {
-    fn piece_with(job: Job<'_>, panels: Range<usize>, wide: &mut [f32]) = piece_body;
+    fn piece_with(job: Job<'_>, panels: Range<usize>) = piece_body;
 }
 
 #[inline(always)]
-fn piece_body<S: Simd>(s: S, job: Job<'_>, panels: Range<usize>, wide: &mut [f32]) {
+fn piece_body<S: Simd>(s: S, job: Job<'_>, panels: Range<usize>) {
     match &job.matrix.values {
-        Values::Bf16(words) => panels_body(s, job, words, None, panels, wide),
-        Values::Int8(bytes, scales) => panels_body(s, job, bytes, Some(scales.as_slice()), panels, wide),
+        Values::Bf16(words) => panels_body(s, job, words, None, panels),
+        Values::Int8(bytes, scales) => panels_body(s, job, bytes, Some(scales.as_slice()), panels),
     }
 }
 
@@ -385,18 +380,6 @@ trait Element: Copy {
     /// # Safety
     /// `from` may be read for two vectors.
     unsafe fn pair<S: Simd>(s: S, from: *const Self) -> [S::V; 2];
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    fn per_vector<S: Simd>() -> usize {
-        S::LANES
-    }
-    #[inline(always)]
-    unsafe fn pair<S: Simd>(s: S, from: *const f32) -> [S::V; 2] {
-        // SAFETY: the caller's promise.
-        unsafe { [s.load(from), s.load(from.add(S::LANES))] }
-    }
 }
 
 impl Element for u32 {
@@ -424,14 +407,7 @@ impl Element for i8 {
 }
 
 #[inline(always)]
-fn panels_body<S: Simd, E: Element>(
-    s: S,
-    job: Job<'_>,
-    values: &[E],
-    scales: Option<&[f32]>,
-    panels: Range<usize>,
-    wide: &mut [f32],
-) {
+fn panels_body<S: Simd, E: Element>(s: S, job: Job<'_>, values: &[E], scales: Option<&[f32]>, panels: Range<usize>) {
     let Job { matrix, rows, .. } = job;
     let (k, n, width) = (matrix.k, matrix.n, 2 * S::LANES);
     let block = matrix.format().block();
@@ -444,37 +420,22 @@ fn panels_body<S: Simd, E: Element>(
         for (index, start) in (0..k).step_by(block).enumerate() {
             let len = block.min(k - start);
             let from = &values[(panel * k + start) * row..];
-            let tile = Tile {
-                x: &job.x[start * rows..],
-                k: len,
-                scales: scales.map(|scales| &scales[(panel * blocks + index) * width..]),
-                scales_stride: blocks * width,
-                // SAFETY: within the result, whose size was checked.
-                out: unsafe { job.out.0.add(column) },
-                out_stride: n,
-                columns: (n - column).min(taken * width),
-                add: job.add || index > 0,
-            };
-            // SAFETY of all tiles: x holds `rows` rows of each block; the panels are there, since parts are whole groups of
-            // panels and so is the matrix; the result was checked, and no other part has these columns.
-            if rows <= S::ROWS {
-                unsafe { few_rows(s, rows, &tile, from, k * row) };
-                continue;
-            }
-            // Widened once for all rows.
-            for p in 0..len {
-                let pair = unsafe { E::pair(s, from[p * row..].as_ptr()) };
-                s.put(&mut wide[p * width..], pair[0]);
-                s.put(&mut wide[p * width + S::LANES..], pair[1]);
-            }
             for first in (0..rows).step_by(group) {
                 let tile = Tile {
-                    x: &tile.x[first * len..],
-                    // SAFETY: row `first` of the result.
-                    out: unsafe { tile.out.add(first * n) },
-                    ..tile
+                    x: &job.x[start * rows + first * len..],
+                    k: len,
+                    scales: scales.map(|scales| &scales[(panel * blocks + index) * width..]),
+                    scales_stride: blocks * width,
+                    // SAFETY: within the result, whose size was checked.
+                    out: unsafe { job.out.0.add(first * n + column) },
+                    out_stride: n,
+                    columns: (n - column).min(taken * width),
+                    add: job.add || index > 0,
+                    soon: if first == 0 { len * row } else { 0 },
                 };
-                unsafe { many_rows(s, group.min(rows - first), &tile, wide) };
+                // SAFETY: x holds `rows` rows of each block; the panels are there, since parts are whole groups of panels and
+                // so is the matrix; the result was checked, and no other part has these columns.
+                unsafe { rows_of(s, group.min(rows - first), taken, &tile, from, k * row) };
             }
         }
     }
@@ -494,42 +455,32 @@ struct Tile<'a> {
     /// Columns of the result that exist here.
     columns: usize,
     add: bool,
+    /// How many numbers of the panel further on the next block begins, or 0 where it was asked for already.
+    soon: usize,
 }
 
 /// # Safety
-/// As [`micro_tile`], with [`Simd::panels`] panels.
+/// As [`micro_tile`], with one panel or [`Simd::panels`] of them.
 #[inline(always)]
-unsafe fn few_rows<S: Simd, E: Element>(s: S, rows: usize, tile: &Tile<'_>, from: &[E], stride: usize) {
+unsafe fn rows_of<S: Simd, E: Element>(s: S, rows: usize, panels: usize, tile: &Tile<'_>, from: &[E], stride: usize) {
     // SAFETY: the caller's promise.
     unsafe {
-        match rows {
-            1 => micro_tile::<S, E, 1, 4>(s, tile, from, stride),
-            2 => micro_tile::<S, E, 2, 2>(s, tile, from, stride),
-            3 => micro_tile::<S, E, 3, 2>(s, tile, from, stride),
-            4 => micro_tile::<S, E, 4, 1>(s, tile, from, stride),
-            5 => micro_tile::<S, E, 5, 1>(s, tile, from, stride),
-            6 => micro_tile::<S, E, 6, 1>(s, tile, from, stride),
-            7 => micro_tile::<S, E, 7, 1>(s, tile, from, stride),
-            8 => micro_tile::<S, E, 8, 1>(s, tile, from, stride),
-            9 => micro_tile::<S, E, 9, 1>(s, tile, from, stride),
-            10 => micro_tile::<S, E, 10, 1>(s, tile, from, stride),
-            11 => micro_tile::<S, E, 11, 1>(s, tile, from, stride),
+        match (rows, panels) {
+            (1, 1) => micro_tile::<S, E, 1, 1>(s, tile, from, stride),
+            (2, 1) => micro_tile::<S, E, 2, 1>(s, tile, from, stride),
+            (3, 1) => micro_tile::<S, E, 3, 1>(s, tile, from, stride),
+            (1, _) => micro_tile::<S, E, 1, 4>(s, tile, from, stride),
+            (2, _) => micro_tile::<S, E, 2, 2>(s, tile, from, stride),
+            (3, _) => micro_tile::<S, E, 3, 2>(s, tile, from, stride),
+            (4, _) => micro_tile::<S, E, 4, 1>(s, tile, from, stride),
+            (5, _) => micro_tile::<S, E, 5, 1>(s, tile, from, stride),
+            (6, _) => micro_tile::<S, E, 6, 1>(s, tile, from, stride),
+            (7, _) => micro_tile::<S, E, 7, 1>(s, tile, from, stride),
+            (8, _) => micro_tile::<S, E, 8, 1>(s, tile, from, stride),
+            (9, _) => micro_tile::<S, E, 9, 1>(s, tile, from, stride),
+            (10, _) => micro_tile::<S, E, 10, 1>(s, tile, from, stride),
+            (11, _) => micro_tile::<S, E, 11, 1>(s, tile, from, stride),
             _ => micro_tile::<S, E, 12, 1>(s, tile, from, stride),
-        }
-    }
-}
-
-/// # Safety
-/// As [`micro_tile`], with one panel.
-#[inline(always)]
-unsafe fn many_rows<S: Simd>(s: S, rows: usize, tile: &Tile<'_>, wide: &[f32]) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match rows {
-            1 => micro_tile::<S, f32, 1, 1>(s, tile, wide, 0),
-            2 => micro_tile::<S, f32, 2, 1>(s, tile, wide, 0),
-            3 => micro_tile::<S, f32, 3, 1>(s, tile, wide, 0),
-            _ => few_rows(s, rows, tile, wide, 0),
         }
     }
 }
@@ -552,6 +503,10 @@ unsafe fn micro_tile<S: Simd, E: Element, const ROWS: usize, const PANELS: usize
         for (j, pair) in pairs.iter_mut().enumerate() {
             // SAFETY: a row of panel j.
             *pair = unsafe { E::pair(s, b.add(j * stride)) };
+        }
+        // Of more panels, each is a stream that the processor follows by itself.
+        if PANELS == 1 {
+            s.prefetch_far(b.wrapping_add(tile.soon).cast());
         }
         for (i, sums) in sums.iter_mut().enumerate() {
             // SAFETY: row i at this k.
