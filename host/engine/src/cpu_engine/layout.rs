@@ -119,6 +119,16 @@ pub(super) struct Projection<'a> {
     pub k: usize,
 }
 
+impl<'a> Projection<'a> {
+    /// All rows of W, where they are the masters.
+    pub fn masters(&self) -> Option<&'a [f32]> {
+        match self.weight {
+            Factor::Wide(Right::Columns(rows, stride)) if stride == self.k => Some(rows),
+            _ => None,
+        }
+    }
+}
+
 /// A block's parameters as a tile runs on them: in panels, or as they lie in the flat buffer.
 pub(super) struct Weights<'a> {
     pub input_norm: &'a [f32],

@@ -126,13 +126,10 @@ impl Run<'_> {
 
     /// `stream + x · Wᵀ + b`; the product is a sum over tensor parallel ranks.
     pub fn add_projected(&self, to: Projection<'_>, x: &[f32], stream: &[f32]) -> Result<Buffer> {
-        let Projection { weight, bias, n, k } = to;
+        let Projection { weight, n, k, .. } = to;
         let shape = Shape { m: x.len() / k, n, k };
         let product = |y: &mut Buffer, add: bool| weight.product(self.isa, shape, x, y, add);
-        let mut y = Buffer::of(stream);
-        if let Some(bias) = bias {
-            y.chunks_exact_mut(n).for_each(|row| rows::add(self.isa, row, bias));
-        }
+        let mut y = self.biased(to, stream);
         match self.inside {
             None => product(&mut y, true),
             Some(inside) => {
@@ -143,6 +140,15 @@ impl Run<'_> {
             }
         }
         Ok(y)
+    }
+
+    /// `stream + b`.
+    pub fn biased(&self, to: Projection<'_>, stream: &[f32]) -> Buffer {
+        let mut y = Buffer::of(stream);
+        if let Some(bias) = to.bias {
+            y.chunks_exact_mut(to.n).for_each(|row| rows::add(self.isa, row, bias));
+        }
+        y
     }
 
     pub fn norm(&self, x: &[f32], weight: &[f32]) -> Buffer {
@@ -240,8 +246,7 @@ impl Run<'_> {
     pub fn forward(&self, turns: &Turns, b: usize, x: &[f32]) -> Result<Buffer> {
         // What else the attention leaves is for a backward.
         let Attended { z, .. } = self.attended(turns, b, x)?;
-        let gate_up = self.gate_up(&z);
-        self.finish(&z, &gate_up)
+        self.finished_in_parts(&z).map_or_else(|| self.finish(&z, &self.gate_up(&z)), Ok)
     }
 
     /// The block over `b` sequences, and what backward needs of it.

@@ -1,6 +1,6 @@
 //! A block whose SwiGLU goes in parts of its columns, for models whose step is bound by memory: of gate and up, which
 //! are several times as wide as the stream, only some columns are there at a time, and so are the gradients of the
-//! matrices, each part being updated and forgotten before the next.
+//! matrices, each part being updated and forgotten before the next. Forward goes in the same parts.
 //!
 //! Sums are made in the order in which the whole makes them ([`column_parts`]), so the bits are the same: along the columns
 //! a product sums in blocks of [`K_BLOCK`], and the gradient at the normed stream takes a part of gate and the same of up
@@ -14,7 +14,7 @@ use cosmos_kernels::memory::Buffer;
 use cosmos_kernels::rows;
 
 use super::CpuEngine;
-use super::network::{Attended, Saved, Turns};
+use super::network::{Attended, Run, Saved, Turns};
 use crate::Result;
 use crate::block::{BackwardTile, BlockUpdate};
 use crate::model::Part;
@@ -46,6 +46,52 @@ impl PartTile {
     }
 }
 
+impl Run<'_> {
+    /// Gate and up, and the matrix behind them, where they lie in memory as their masters do and have several parts.
+    fn masters_in_parts(&self) -> Option<(&[f32], &[f32])> {
+        let wanted = self.inside.is_none() && self.layout.inner > PART_COLUMNS;
+        let (gate_up, down) = (self.weights.gate_up.masters(), self.weights.down.masters());
+        gate_up.zip(down).filter(|_| wanted)
+    }
+
+    /// The block's output from the stream after the attention, in parts; none where it goes in one.
+    pub fn finished_in_parts(&self, z: &[f32]) -> Option<Buffer> {
+        let (h, f) = (self.layout.hidden, self.layout.inner);
+        let (gate_up, down) = self.masters_in_parts()?;
+        let z_normed = self.norm(z, self.weights.post_norm);
+        let mut y = self.biased(self.weights.down, z);
+        for columns in column_parts(f) {
+            let shape = Shape { m: z.len() / h, n: h, k: columns.len() };
+            let gate_up = self.gate_up_part(gate_up, &columns, &z_normed);
+            let mut inner = Buffer::dirty(shape.m * shape.k);
+            rows::swiglu(self.isa, &gate_up, shape.k, &mut inner);
+            drop(gate_up);
+            let (left, right) = (Left::Rows(&inner, shape.k), Right::Columns(&down[columns.start..], f));
+            gemm(self.isa, shape, left, right, &mut y, h, true);
+        }
+        Some(y)
+    }
+
+    /// Some columns of gate and the same of up, `[n, 2, columns]`; `weights` are all rows of both.
+    fn gate_up_part(&self, weights: &[f32], columns: &Range<usize>, z_normed: &[f32]) -> Buffer {
+        let (h, f, s) = (self.layout.hidden, self.layout.inner, columns.len());
+        let shape = Shape { m: z_normed.len() / h, n: s, k: h };
+        let mut gate_up = Buffer::dirty(shape.m * 2 * s);
+        let bias = self.weights.gate_up.bias;
+        if let Some(bias) = bias {
+            for row in gate_up.chunks_exact_mut(2 * s) {
+                row[..s].copy_from_slice(&bias[columns.clone()]);
+                row[s..].copy_from_slice(&bias[f + columns.start..f + columns.end]);
+            }
+        }
+        for (at, first) in [(0, columns.start), (s, f + columns.start)] {
+            let (left, right) = (Left::Rows(z_normed, h), Right::Columns(&weights[first * h..][..s * h], h));
+            gemm(self.isa, shape, left, right, &mut gate_up[at..], 2 * s, bias.is_some());
+        }
+        gate_up
+    }
+}
+
 impl CpuEngine {
     /// Whether parts are blocks of the whole's sums, and all columns are here.
     pub(super) fn has_parts(&self) -> bool {
@@ -62,25 +108,6 @@ impl CpuEngine {
     fn up_rows(&self, rows: &Range<usize>) -> Range<usize> {
         let f = self.layout.inner;
         self.gate_rows(&(f + rows.start..f + rows.end))
-    }
-
-    /// Some columns of gate and the same of up, `[n, 2, columns]`.
-    fn gate_up_part(&self, params: &[f32], columns: &Range<usize>, z_normed: &[f32]) -> Buffer {
-        let (h, f, s) = (self.layout.hidden, self.layout.inner, columns.len());
-        let shape = Shape { m: z_normed.len() / h, n: s, k: h };
-        let mut gate_up = Buffer::dirty(shape.m * 2 * s);
-        let bias = self.layout.gate_up_bias.as_ref().map(|range| &params[range.clone()]);
-        if let Some(bias) = bias {
-            for row in gate_up.chunks_exact_mut(2 * s) {
-                row[..s].copy_from_slice(&bias[columns.clone()]);
-                row[s..].copy_from_slice(&bias[f + columns.start..f + columns.end]);
-            }
-        }
-        for (at, rows) in [(0, self.gate_rows(columns)), (s, self.up_rows(columns))] {
-            let (left, right) = (Left::Rows(z_normed, h), Right::Columns(&params[rows], h));
-            gemm(self.isa, shape, left, right, &mut gate_up[at..], 2 * s, bias.is_some());
-        }
-        gate_up
     }
 
     /// [`BlockEngine::block_backward_update`](crate::block::BlockEngine::block_backward_update).
@@ -149,10 +176,11 @@ impl CpuEngine {
         let mut ddown = Buffer::zeros(h * s);
         let mut sums = vec![0.0; if dbias.is_empty() { 0 } else { 2 * s }];
         let down = &params[down_at..self.layout.down.end];
+        let run = self.run(self.layout.weights(params));
         for tile in tiles {
             let n = tile.rows(h);
             // Gate and up become the gradients there, and the gradient behind them what they give.
-            let mut gate_up = self.gate_up_part(params, &columns, &tile.z_normed);
+            let mut gate_up = run.gate_up_part(&params[self.layout.gate_up.clone()], &columns, &tile.z_normed);
             let mut inner = Buffer::dirty(n * s);
             let back = Shape { m: n, n: s, k: h };
             gemm(self.isa, back, Left::Rows(&tile.dy, h), Right::Rows(down, f), &mut inner, s, false);
