@@ -353,9 +353,11 @@ impl Run<'_> {
         let dmixed = self.back(dz, weight(&layout.o), h, heads.width());
         let first = self.first_position(t);
         let qkv = self.turned(&raw, turns, |row| first + row % t);
+        // Only norms read it again.
+        let raw = self.weights.qk_norms.map(|_| raw);
         let dqkv = self.attend_vjp(b, t, &qkv, log_sums, &dmixed)?;
         drop((qkv, dmixed));
-        let (draw, dqk_norms) = self.turned_vjp(&raw, dqkv, turns, t);
+        let (draw, dqk_norms) = self.turned_vjp(raw.as_deref(), dqkv, turns, t);
         drop(raw);
         let dx_normed = self.joint(self.back(&draw, weight(&layout.qkv), heads.row(), h))?;
         let mut dx = Buffer::of(dz);
@@ -371,7 +373,7 @@ impl Run<'_> {
     /// Backward of [`Run::turned`]: the gradient at `raw`, and at the norms of queries and keys.
     fn turned_vjp(
         &self,
-        raw: &[f32],
+        raw: Option<&[f32]>,
         mut dqkv: Buffer,
         turns: &Turns,
         t: usize,
@@ -386,7 +388,7 @@ impl Run<'_> {
             rows::rotate(self.isa, dqkv, heads.heads, cos, sin, -1.0, scale);
             rows::rotate(self.isa, &mut dqkv[keys.clone()], heads.kv_heads, cos, sin, -1.0, 1.0);
         }
-        let Some((q_norm, k_norm)) = self.weights.qk_norms else { return (dqkv, None) };
+        let Some(((q_norm, k_norm), raw)) = self.weights.qk_norms.zip(raw) else { return (dqkv, None) };
         let mut draw = Buffer::of(&dqkv);
         let (mut dq_norm, mut dk_norm) = (vec![0.0; dim], vec![0.0; dim]);
         let eps = self.layout.eps;

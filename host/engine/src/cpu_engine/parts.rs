@@ -172,7 +172,7 @@ impl CpuEngine {
         // Gate and up: their place beside each other here, and in the flat buffer.
         let both = [(0, self.gate_rows(&columns)), (s, self.up_rows(&columns))];
         let down_at = self.layout.down.start + columns.start;
-        let mut dboth = [Buffer::zeros(s * h), Buffer::zeros(s * h)];
+        let mut dboth = [Buffer::empty(), Buffer::empty()];
         let mut ddown = Buffer::zeros(h * s);
         let mut sums = vec![0.0; if dbias.is_empty() { 0 } else { 2 * s }];
         let down = &params[down_at..self.layout.down.end];
@@ -194,7 +194,9 @@ impl CpuEngine {
                 gemm(self.isa, back, left, right, &mut tile.dz_normed, h, add);
                 let gather = Shape { m: s, n: h, k: n };
                 let (left, right) = (Left::Columns(&gate_up[*at..], 2 * s), Right::Rows(&tile.z_normed, h));
-                gemm(self.isa, gather, left, right, grads, h, true);
+                // Only now, when what the gradient of down was made of is gone.
+                let first = grads.is_empty();
+                gemm(self.isa, gather, left, right, grads.room(s * h), h, !first);
             }
             if !sums.is_empty() {
                 rows::add_rows(self.isa, &gate_up, &mut sums);

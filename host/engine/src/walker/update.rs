@@ -30,7 +30,7 @@ const TABLE_PART_BYTES: usize = 16 << 20;
 /// Bytes of logits of a part of the vocabulary.
 const PART_LOGITS_BYTES: usize = 32 << 20;
 /// Bytes of logits of whole rows while losses are settled.
-const SETTLED_LOGITS_BYTES: usize = 28 << 20;
+const SETTLED_LOGITS_BYTES: usize = 24 << 20;
 /// Numbers that a thread takes at a time.
 const SLICE: usize = 1 << 16;
 
