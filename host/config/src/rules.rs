@@ -455,13 +455,8 @@ impl Rules<'_> {
             let hint = "set `train.optm_grad_norm_clip = 0`, or `host.update_in_backward = \"auto\"`";
             self.error(&[KEY, "train.optm_grad_norm_clip"], message, hint);
         }
-        let grpo = train.train_policy.grpo();
-        if grpo.is_some_and(|grpo| grpo.max_token_len_per_mini_batch.is_some()) {
-            return;
-        }
-        let each = grpo.and_then(|grpo| grpo.batch_size_per_optimize).unwrap_or(usize::MAX);
-        let (batch, mini_batch) = (train.train_batch_per_replica.min(each), train.train_policy.mini_batch().max(1));
-        if mini_batch < batch {
+        let samples = train.train_policy.samples_of_update(train.train_batch_per_replica);
+        if let Some((batch, mini_batch)) = samples.filter(|(batch, mini_batch)| mini_batch < batch) {
             let message = format!(
                 "`{KEY} = \"always\"`, but an update is made of {} micro-batches: {batch} samples, {mini_batch} at a time",
                 batch.div_ceil(mini_batch)

@@ -2,7 +2,7 @@
 
 use cosmos_broker::wire::frame::FloatFormat;
 use cosmos_broker::wire::native::{WireFloats, bytes_per_token};
-use cosmos_config::{Config, Dtype, WireDtype};
+use cosmos_config::{Config, Dtype, UpdateInBackward, WireDtype};
 use cosmos_controller::Plan as RunPlan;
 use cosmos_engine::model::ModelConfig;
 use cosmos_engine::walker::KEPT_BYTES_MAX;
@@ -12,6 +12,7 @@ use crate::choose::Weighted;
 use crate::mixture::Mixture;
 use crate::offers::{OfferRole, Offered};
 use crate::plugins::Plugins;
+use crate::shards::is_native;
 use crate::teachers::TeacherSpec;
 
 /// The plan of a run.
@@ -197,6 +198,8 @@ pub struct RoleMemory {
     pub parameters: u64,
     /// Weights, the engine's copy of them, gradients and optimizer moments.
     pub weights_bytes: u64,
+    /// Whether gradients are among them: they are not where each parameter is updated within the backward.
+    pub gradients: bool,
     /// KV cache, kept activations or kept hidden states.
     pub activations_bytes: u64,
 }
@@ -205,8 +208,21 @@ const F32: u64 = 4;
 /// Logits held at a time while the head is walked in chunks.
 pub(crate) const LOGITS_CHUNK_BYTES: u64 = 64 << 20;
 
+/// Whether every update goes on within its backward, as far as the configuration says: as [`Student::updates_in_backward`].
+///
+/// [`Student::updates_in_backward`]: crate::student::Student::updates_in_backward
+fn updates_in_backward(config: &Config, ranks: u64) -> bool {
+    let train = &config.train;
+    let at_once = train.train_policy.samples_of_update(train.train_batch_per_replica);
+    config.host.update_in_backward != UpdateInBackward::Never
+        && train.optm_grad_norm_clip <= 0.0
+        && at_once.is_some_and(|(samples, mini_batch)| samples <= mini_batch)
+        && ranks == 1
+        && is_native(config)
+}
+
 impl Plan {
-    /// Works the plan out from the configuration and the models' shapes.
+    /// Works the plan out from the configuration and the models' shapes; a policy has `ranks` ranks.
     pub fn new(
         config: &Config,
         plan: &RunPlan,
@@ -214,18 +230,23 @@ impl Plan {
         validation_prompts: u64,
         student: &ModelConfig,
         teachers: &[TeacherSpec],
-        mini_batch: u64,
+        ranks: u64,
     ) -> Self {
+        let mini_batch = config.train.train_policy.mini_batch() as u64;
         let context = config.policy.model_max_length as u64;
         let response = (config.rollout.max_response_length as u64).min(context);
         let training_tokens = mini_batch * context.min(response * 2);
         let parameters = student.parameter_count();
+        let gradients = !updates_in_backward(config, ranks * plan.policy_replicas);
+        // Training on the CPU reads the masters, rollouts a copy in panels.
+        let copied = kind != "sft" || !is_native(config);
         let mut memory = vec![RoleMemory {
             role: "student",
             name: None,
             parameters,
-            // Master values, gradients, two moments, and the copy that the engine computes with.
-            weights_bytes: parameters * F32 * 5,
+            // Master values, two moments, gradients, and the copy that the engine computes with.
+            weights_bytes: parameters * F32 * (3 + u64::from(gradients) + u64::from(copied)),
+            gradients,
             activations_bytes: training_tokens * (student.hidden_size * (student.num_hidden_layers + 1)) as u64 * F32
                 + (training_tokens * (student.kept_width() * student.num_hidden_layers) as u64 * F32)
                     .min(KEPT_BYTES_MAX as u64)
@@ -238,6 +259,7 @@ impl Plan {
                 name: None,
                 parameters: 0,
                 weights_bytes: 0,
+                gradients: false,
                 activations_bytes: (config.host.decode_slots as u64 * context * kv as u64 * F32)
                     .min(crate::rollout::kv_bytes_max(config).map_or(u64::MAX, |bytes| bytes as u64)),
             });
@@ -250,6 +272,7 @@ impl Plan {
                 name: (teachers.len() > 1).then(|| spec.name.clone()),
                 parameters,
                 weights_bytes: parameters * F32 * 2,
+                gradients: false,
                 activations_bytes: spec.wanted.mini_batch as u64
                     * context.min(response * 2)
                     * (teacher.hidden_size * 4) as u64
@@ -341,9 +364,10 @@ impl Plan {
                     bytes(m.weights_bytes)
                 ),
                 (role, n) => format!(
-                    "{role}: {} parameters, {} of weights, gradients and optimizer, up to {held} of activations",
+                    "{role}: {} parameters, {} of weights{} and optimizer, up to {held} of activations",
                     cosmos_report::format_count(n),
-                    bytes(m.weights_bytes)
+                    bytes(m.weights_bytes),
+                    if m.gradients { ", gradients" } else { "" }
                 ),
             });
         }

@@ -104,7 +104,7 @@ pub struct Prepared {
 impl Prepared {
     /// What the run will do.
     pub fn plan(&self) -> Result<Plan> {
-        Ok(self.base.plan(&self.prompts, &self.plan, &teachers::specs(&self.base)?))
+        Ok(self.base.plan(&self.prompts, &self.plan, &teachers::specs(&self.base)?, 1))
     }
 }
 
@@ -147,12 +147,11 @@ impl Base {
         if self.kind() == "sft" { 1 } else { self.config().rollout.n_generation as u64 }
     }
 
-    /// What the run will do.
-    pub fn plan(&self, prompts: &Prompts, plan: &RunPlan, teachers: &[TeacherSpec]) -> Plan {
+    /// What the run will do, each policy having `ranks` ranks.
+    pub fn plan(&self, prompts: &Prompts, plan: &RunPlan, teachers: &[TeacherSpec], ranks: u64) -> Plan {
         let config = self.config();
         let held_out = prompts.validation.as_ref().map_or(0, |v| v.jobs.len() as u64);
-        let mini_batch = config.train.train_policy.mini_batch() as u64;
-        let plan = Plan::new(config, plan, self.kind(), held_out, &self.student_config, teachers, mini_batch);
+        let plan = Plan::new(config, plan, self.kind(), held_out, &self.student_config, teachers, ranks);
         plan.with_plugins(&prompts.plugins, prompts.uses.clone())
     }
 }

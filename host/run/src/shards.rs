@@ -101,7 +101,8 @@ pub fn teacher_format(config: &Config) -> WeightFormat {
     }
 }
 
-fn is_native(config: &Config) -> bool {
+/// Whether the native CPU engine computes.
+pub(crate) fn is_native(config: &Config) -> bool {
     config.host.device == "cpu"
 }
 

@@ -174,7 +174,15 @@ fn a_dry_run_prints_the_plan_and_writes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("run");
     let output = succeed(distil(&models, &run, &[]).arg("--dry-run"));
-    assert!(text(&output).contains("4 steps of 16 completions"), "{}", text(&output));
+    let whole = text(&output);
+    assert!(
+        whole.contains("4 steps of 16 completions") && whole.contains("of weights, gradients and optimizer"),
+        "{whole}"
+    );
+    // Gradients that are never there all at once are not counted.
+    let at_once = ["train.optm_grad_norm_clip=0", "train.train_policy.mini_batch=16"];
+    let updated = text(&succeed(distil(&models, &run, &at_once).arg("--dry-run")));
+    assert!(updated.contains("of weights and optimizer"), "{updated}");
     assert!(!run.exists());
 }
 

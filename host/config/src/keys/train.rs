@@ -205,6 +205,16 @@ impl TrainPolicy {
             Self::Sft(sft) => sft.mini_batch,
         }
     }
+
+    /// Samples of an update out of `batch` of a step, and how many of them go at a time; none where their lengths decide.
+    pub fn samples_of_update(&self, batch: usize) -> Option<(usize, usize)> {
+        let grpo = self.grpo();
+        if grpo.is_some_and(|grpo| grpo.max_token_len_per_mini_batch.is_some()) {
+            return None;
+        }
+        let each = grpo.and_then(|grpo| grpo.batch_size_per_optimize).unwrap_or(usize::MAX);
+        Some((batch.min(each), self.mini_batch().max(1)))
+    }
 }
 
 /// Optimizers that upstream's files may name.

@@ -173,7 +173,8 @@ pub fn run(options: RoleOptions) -> Result<RoleOutcome> {
         None => Controller::new(plan.clone()),
         Some(begun) => Controller::resume(plan.clone(), begun.controller),
     };
-    for line in base.plan(&prompts, &plan, &crate::teachers::specs(&base)?).lines() {
+    let ranks = crate::shards::mesh(&base.config().policy.parallelism, "policy.parallelism")?.world() as u64;
+    for line in base.plan(&prompts, &plan, &crate::teachers::specs(&base)?, ranks).lines() {
         clerk.books.records.progress.note(&line);
     }
     let mut needs = vec![Need::from(Role::Policy), Need::from(Role::Rollout)];
