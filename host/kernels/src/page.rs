@@ -6,7 +6,6 @@
 
 use crate::Isa;
 use crate::attention::{Heads, exponentials, largest};
-use crate::memory::Buffer;
 use crate::simd::{Simd, dispatched};
 
 /// Tokens of a page: two of the widest vectors.
@@ -15,14 +14,18 @@ pub const PAGE_TOKENS: usize = 32;
 /// Heads of one key-value head that are computed side by side, so that what is loaded serves them all.
 const HEADS_TOGETHER: usize = 2;
 
-/// Keys `[kv head][dim][token]` and behind them values `[kv head][token][dim]` of up to [`PAGE_TOKENS`] tokens.
+/// Keys `[kv head][dim][token]` and values `[kv head][token][dim]` of up to [`PAGE_TOKENS`] tokens.
 #[derive(Debug, Clone)]
-pub struct Page(Buffer);
+pub struct Page {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
 
 impl Page {
     /// An empty page.
     pub fn new(heads: Heads) -> Self {
-        Self(Buffer::zeros(Self::bytes(heads) / 4))
+        let len = heads.kv_heads * heads.dim * PAGE_TOKENS;
+        Self { keys: vec![0.0; len], values: vec![0.0; len] }
     }
 
     /// Bytes of a page.
@@ -32,37 +35,25 @@ impl Page {
 
     /// Takes what another page holds, in its own memory.
     pub fn copy_from(&mut self, other: &Self) {
-        self.0.copy_from_slice(&other.0);
+        self.keys.copy_from_slice(&other.keys);
+        self.values.copy_from_slice(&other.values);
     }
 
     /// What attention over its first `tokens` tokens reads, piece by piece.
     pub fn read(&self, heads: Heads, tokens: usize) -> impl Iterator<Item = &[f32]> {
-        let (all, own) = (&*self.0, heads.dim * PAGE_TOKENS);
-        // A full page is read as a whole, of others the keys and of each head as many values as there are.
-        let (first, rest) = all.split_at(if tokens < PAGE_TOKENS { all.len() / 2 } else { all.len() });
-        let len = heads.dim * tokens.min(PAGE_TOKENS);
-        std::iter::once(first).chain(rest.chunks(own.max(1)).map(move |values| &values[..len]))
-    }
-
-    /// A head's `[dim][token]`.
-    fn keys(&self, kv_head: usize, dim: usize) -> &[f32] {
-        &self.0[kv_head * dim * PAGE_TOKENS..][..dim * PAGE_TOKENS]
-    }
-
-    /// A head's `[token][dim]`.
-    fn values(&self, kv_head: usize, dim: usize) -> &[f32] {
-        &self.0[self.0.len() / 2 + kv_head * dim * PAGE_TOKENS..][..dim * PAGE_TOKENS]
+        let (own, len) = (heads.dim * PAGE_TOKENS, heads.dim * tokens.min(PAGE_TOKENS));
+        // The values of a full page lie one behind the other.
+        let (own, len) = if len == own { (self.values.len(), self.values.len()) } else { (own, len) };
+        std::iter::once(&*self.keys).chain(self.values.chunks(own.max(1)).map(move |values| &values[..len]))
     }
 
     /// Puts a token's keys and values, `[kv heads · dim]` each, into place `token`.
     pub fn put(&mut self, heads: Heads, token: usize, keys: &[f32], values: &[f32]) {
         let dim = heads.dim;
-        let half = self.0.len() / 2;
-        let (own_keys, own_values) = self.0.split_at_mut(half);
-        let places = own_keys[token..].iter_mut().step_by(PAGE_TOKENS);
+        let places = self.keys[token..].iter_mut().step_by(PAGE_TOKENS);
         places.zip(keys).for_each(|(to, from)| *to = *from);
         for (head, from) in values.chunks_exact(dim).enumerate() {
-            own_values[(head * PAGE_TOKENS + token) * dim..][..dim].copy_from_slice(from);
+            self.values[(head * PAGE_TOKENS + token) * dim..][..dim].copy_from_slice(from);
         }
     }
 }
@@ -107,12 +98,12 @@ struct Seen<'a> {
 impl<'a> Seen<'a> {
     /// `[dim][token]` of a page.
     fn keys(&self, page: usize) -> &'a [f32] {
-        self.pages[page].keys(self.kv_head, self.dim)
+        part(&self.pages[page].keys, self.kv_head, self.dim)
     }
 
     /// `[token][dim]` of a page.
     fn values(&self, page: usize) -> &'a [f32] {
-        self.pages[page].values(self.kv_head, self.dim)
+        part(&self.pages[page].values, self.kv_head, self.dim)
     }
 
     fn after_keys(&self, page: usize) -> &'a [f32] {
@@ -122,6 +113,11 @@ impl<'a> Seen<'a> {
     fn after_values(&self, page: usize) -> Option<&'a [f32]> {
         if page + 1 < self.pages.len() { Some(self.values(page + 1)) } else { self.after }
     }
+}
+
+/// One head's numbers of a page's keys or values.
+fn part(numbers: &[f32], kv_head: usize, dim: usize) -> &[f32] {
+    &numbers[kv_head * dim * PAGE_TOKENS..][..dim * PAGE_TOKENS]
 }
 
 #[inline(always)]
@@ -138,8 +134,8 @@ fn attend_body<S: Simd>(
     let (dim, group) = (heads.dim, heads.heads / heads.kv_heads);
     for kv_head in 0..heads.kv_heads {
         let after = match next {
-            _ if kv_head + 1 < heads.kv_heads => Some(pages[0].keys(kv_head + 1, dim)),
-            Some(page) => Some(page.keys(0, dim)),
+            _ if kv_head + 1 < heads.kv_heads => Some(part(&pages[0].keys, kv_head + 1, dim)),
+            Some(page) => Some(part(&page.keys, 0, dim)),
             None => None,
         };
         let seen = Seen { pages, len, dim, kv_head, after };
