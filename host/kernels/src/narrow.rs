@@ -354,14 +354,10 @@ struct Job<'a> {
     add: bool,
 }
 
-/// The panels `panels` of a product. Only for [`Narrow::product`], which has checked that `x` and `out` fit and that nothing
-/// else writes to these panels.
-fn piece(isa: Isa, job: Job<'_>, panels: Range<usize>) {
-    piece_with(isa, job, panels);
-}
-
 dispatched! {
-    fn piece_with(job: Job<'_>, panels: Range<usize>) = piece_body;
+    /// The panels `panels` of a product. Only for [`Narrow::product`], which has checked that `x` and `out` fit and that nothing
+    /// else writes to these panels.
+    fn piece(job: Job<'_>, panels: Range<usize>) = piece_body;
 }
 
 #[inline(always)]
