@@ -12,6 +12,9 @@ use crate::PluginError;
 /// A core module above this is refused: the largest known guests have a quarter of it.
 const MODULE_BYTES_MAX: u64 = 256 << 20;
 
+/// Packages of a module's world; a guest of ours has one, and those of WASI a dozen.
+const PACKAGES_MAX: usize = 256;
+
 /// Makes a component of a core module.
 ///
 /// The module must carry the `component-type` section that wit-bindgen writes. Imports of WASI preview 1 (C guests
@@ -78,6 +81,7 @@ fn scan_module(bytes: &[u8]) -> Result<ModuleScan, String> {
                 return Err("it is a component already".into());
             }
             wasmparser::Payload::CustomSection(section) if section.name().starts_with("component-type") => {
+                check_packages(section.data())?;
                 scan.has_world = true;
             }
             wasmparser::Payload::ImportSection(imports) => {
@@ -90,6 +94,33 @@ fn scan_module(bytes: &[u8]) -> Result<ModuleScan, String> {
         }
     }
     Ok(scan)
+}
+
+/// Refuses packages that use each other in a circle: the encoder would go round until the stack ends, and the process
+/// with it.
+fn check_packages(section: &[u8]) -> Result<(), String> {
+    let decoded = wit_component::decode(section).map_err(|e| format!("its `component-type` section: {e:#}"))?;
+    let resolve = decoded.resolve();
+    if resolve.packages.len() > PACKAGES_MAX {
+        let count = resolve.packages.len();
+        return Err(format!("its `component-type` section has {count} packages, the limit is {PACKAGES_MAX}"));
+    }
+    // Packages whose own uses are all known to end are taken away until none is left, or only circles.
+    let mut left: Vec<_> = resolve.packages.iter().map(|(id, _)| id).collect();
+    loop {
+        let (before, known) = (left.len(), left.clone());
+        left.retain(|id| resolve.package_direct_deps(*id).any(|used| known.contains(&used)));
+        match left.first() {
+            None => return Ok(()),
+            Some(id) if left.len() == before => {
+                let name = &resolve.packages[*id].name;
+                return Err(format!(
+                    "its `component-type` section has packages that use each other in a circle, such as `{name}`"
+                ));
+            }
+            Some(_) => {}
+        }
+    }
 }
 
 #[cfg(test)]

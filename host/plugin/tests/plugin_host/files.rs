@@ -246,6 +246,21 @@ fn compiling_has_a_deadline() {
     assert!(error.hint().unwrap().contains("compile_ms_max"));
 }
 
+#[test]
+fn packages_that_use_each_other_in_a_circle_are_refused() {
+    let bytes = embedded(&text("table_rows"), &wit(), "dataset-plugin");
+    // An interface that is moved into another package uses the first one, which uses it.
+    let (name, moved) = (b"cosmos:plugin/", b"cosmos:plugjn/");
+    let places = (0..bytes.len() - name.len()).filter(|at| bytes[*at..].starts_with(name));
+    let refused = places.filter_map(|at| {
+        let mut bytes = bytes.clone();
+        bytes[at..at + moved.len()].copy_from_slice(moved);
+        cosmos_plugin::componentize(&bytes).err().map(|e| e.to_string())
+    });
+    let refused: Vec<String> = refused.collect();
+    assert!(refused.iter().any(|error| error.contains("use each other in a circle")), "{refused:#?}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
