@@ -19,7 +19,7 @@ use crate::block::{BackwardTile, BlockEngine, BlockUpdate, DecodeRow, HeadPart};
 use crate::model::{Model, ModelConfig, ParamSpec, WeightFormat};
 use crate::rope::Rope;
 use crate::sharded::cut::TpPart;
-use crate::walker::Transformer;
+use crate::walker::{FRUGAL_BYTES, Transformer};
 use crate::weights::Checkpoint;
 use crate::{EngineError, Result, weights};
 
@@ -38,10 +38,8 @@ use network::{Run, Saved, Turns};
 
 /// Tokens of a tile: the products' matrices are large enough, and the activations stay near the core.
 const TILE_TOKENS: usize = 512;
-/// The same for a model whose weights are read from memory for every tile.
+/// The same for a model of [`FRUGAL_BYTES`] and more, whose weights are read from memory for every tile.
 const LARGE_TILE_TOKENS: usize = 1024;
-/// Bytes of parameters from which on a model is such a one.
-const LARGE_BYTES: u64 = 1 << 30;
 /// Logits that a chunk holds where they fit the shared cache.
 const HEAD_CACHE_BYTES: usize = 8 << 20;
 /// Rows of a chunk below which the head's weights would be read for too few rows.
@@ -211,7 +209,7 @@ impl BlockEngine for CpuEngine {
     }
 
     fn tile_tokens(&self) -> usize {
-        if 4 * self.config.parameter_count() < LARGE_BYTES { TILE_TOKENS } else { LARGE_TILE_TOKENS }
+        if 4 * self.config.parameter_count() < FRUGAL_BYTES as u64 { TILE_TOKENS } else { LARGE_TILE_TOKENS }
     }
 
     fn lanes(&self) -> usize {

@@ -18,9 +18,11 @@ mod decoder;
 mod groups;
 pub(crate) mod tile;
 mod update;
+
 use decoder::TransformerDecoder;
 use groups::Groups;
 use tile::{Tile, plan};
+pub(crate) use update::FRUGAL_BYTES;
 
 /// Bytes of activations that a forward keeps for its backward, beside each block's input.
 pub const KEPT_BYTES_MAX: usize = 1 << 30;
@@ -215,7 +217,7 @@ impl<E: BlockEngine> Transformer<E> {
             grads,
             stale,
             accumulated: false,
-            frugal_bytes: update::FRUGAL_BYTES,
+            frugal_bytes: FRUGAL_BYTES,
             decoding: None,
         })
     }

@@ -238,8 +238,8 @@ impl Plan {
         let training_tokens = mini_batch * context.min(response * 2);
         let parameters = student.parameter_count();
         let gradients = !updates_in_backward(config, ranks * plan.policy_replicas);
-        // Training on the CPU reads the masters, rollouts a copy in panels.
-        let copied = kind != "sft" || !is_native(config);
+        // Training on the CPU reads the masters; what writes completions, validation too, reads a copy in panels.
+        let copied = kind != "sft" || validation_prompts > 0 || !is_native(config);
         let mut memory = vec![RoleMemory {
             role: "student",
             name: None,

@@ -24,7 +24,7 @@ use crate::{EngineError, Result};
 
 /// Bytes of parameters from which on memory counts for more than a few hundredths of the time: nothing is kept beside the
 /// blocks' inputs, and tiles go one at a time, so that the activations of only one are there, in memory that is used again.
-pub(super) const FRUGAL_BYTES: usize = 1 << 30;
+pub(crate) const FRUGAL_BYTES: usize = 1 << 30;
 /// Bytes of a table that are updated at a time.
 const TABLE_PART_BYTES: usize = 16 << 20;
 /// Bytes of logits of a part of the vocabulary.
