@@ -11,6 +11,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use cosmos_kernels::gemm::{K_BLOCK, Left, Right, Shape, gemm};
 use cosmos_kernels::memory::Buffer;
+use cosmos_kernels::vocabulary::SUMS_BLOCK;
 use cosmos_kernels::{Isa, rows, threads};
 use cosmos_parallel::RankGroups;
 use rayon::prelude::*;
@@ -104,7 +105,7 @@ pub struct CpuEngine {
     pool: Arc<Pool>,
     /// None where the engine has whole blocks.
     inside: Option<Inside>,
-    /// Ids of a part of the head, a multiple of the block in which products along the vocabulary are summed.
+    /// Ids of a part of the head, a multiple of the blocks in which products along the vocabulary and rows of logits are summed.
     head_part_ids: usize,
 }
 
@@ -139,15 +140,16 @@ impl CpuEngine {
             pool: Pool::new(layout.heads, kv_bytes_max),
             layout,
             formats: Formats::default(),
-            // A power of two, which falls into equal parts for any number of threads and is a multiple of K_BLOCK.
-            head_part_ids: ((HEAD_PART_BYTES / (4 * config.hidden_size.max(1))).max(K_BLOCK) + 1).next_power_of_two()
+            // A power of two, which falls into equal parts for any number of threads and is a multiple of both.
+            head_part_ids: ((HEAD_PART_BYTES / (4 * config.hidden_size.max(1))).max(K_BLOCK.max(SUMS_BLOCK)) + 1)
+                .next_power_of_two()
                 / 2,
             config,
             inside,
         }
     }
 
-    /// With the head in parts of `ids`, a multiple of [`K_BLOCK`].
+    /// With the head in parts of `ids`, a multiple of [`K_BLOCK`] and [`SUMS_BLOCK`].
     #[cfg(test)]
     pub(crate) fn with_head_parts(self, ids: usize) -> Self {
         Self { head_part_ids: ids, ..self }

@@ -93,20 +93,28 @@ pub trait HeadLoss {
     fn observe(&mut self, rows: Range<usize>, logits_rv: &[f32]) -> Result<()>;
     /// Logits `[rows, vocab]` in, d loss / d logits out, in place.
     fn gradient(&mut self, rows: Range<usize>, logits_rv: &mut [f32]) -> Result<()>;
-    /// Whether a row's gradient can be made again from its logits and a few numbers, for a part of the vocabulary at a time:
-    /// then [`HeadLoss::settle`] may be called for every chunk instead of [`HeadLoss::gradient`], and
-    /// [`HeadLoss::remake`] after it.
+    /// Whether a row's loss and gradient can be made of a few numbers and its logits, for a part of the vocabulary at a time:
+    /// then [`HeadLoss::see`] may be called for every part instead of [`HeadLoss::observe`] and [`HeadLoss::gradient`],
+    /// [`HeadLoss::settle`] after it, and [`HeadLoss::remake`] for every part again.
     fn remakes(&self) -> bool {
         false
     }
-    /// Takes the losses of a chunk of logits `[rows, vocab]` in as [`HeadLoss::gradient`] does, and remembers what the
-    /// gradients are made of.
+    /// Logits `[rows, part]`, before temperature, of the ids from `first` on; the parts of a row come in order and each but the last
+    /// is a multiple of [`SUMS_BLOCK`](cosmos_kernels::vocabulary::SUMS_BLOCK) wide. What stands in them afterwards is
+    /// worth nothing.
     ///
     /// # Errors
     /// As [`HeadLoss::gradient`], and a loss that does not [remake](HeadLoss::remakes).
-    fn settle(&mut self, rows: Range<usize>, logits_rv: &[f32]) -> Result<()> {
-        let _ = (rows, logits_rv);
-        Err(EngineError::invalid("this objective makes the gradient of whole rows only", ""))
+    fn see(&mut self, rows: Range<usize>, first: usize, logits_rp: &mut [f32]) -> Result<()> {
+        let _ = (rows, first, logits_rp);
+        Err(EngineError::invalid(WHOLE_ROWS_ONLY, ""))
+    }
+    /// Takes the losses of all rows in, of which every part was [seen](HeadLoss::see), as both passes over whole rows do.
+    ///
+    /// # Errors
+    /// A loss that does not [remake](HeadLoss::remakes).
+    fn settle(&mut self) -> Result<()> {
+        Err(EngineError::invalid(WHOLE_ROWS_ONLY, ""))
     }
     /// Logits `[rows, part]` of the ids from `first` on in, d loss / d logits out, in place: the bits that
     /// [`HeadLoss::gradient`] gives these ids.
@@ -115,9 +123,12 @@ pub trait HeadLoss {
     /// Rows that were not settled.
     fn remake(&self, rows: Range<usize>, first: usize, logits_rp: &mut [f32]) -> Result<()> {
         let _ = (rows, first, logits_rp);
-        Err(EngineError::invalid("this objective makes the gradient of whole rows only", ""))
+        Err(EngineError::invalid(WHOLE_ROWS_ONLY, ""))
     }
 }
+
+/// Why an objective cannot be asked for a part of the vocabulary.
+const WHOLE_ROWS_ONLY: &str = "this objective makes the gradient of whole rows only";
 
 /// Numbers within a parameter, or within a block's parameters: rows of `width` of them, `stride` apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -271,16 +271,20 @@ pub(crate) fn transpose_into<S: Simd>(
 ) {
     let whole = width.is_multiple_of(S::LANES);
     let mut p = 0;
+    if S::TURNS_EIGHT && (count, width) == (8, 8) {
+        p = turn_eights(s, rows, stride, k, to);
+    }
     // A vector that ends beyond its column is mended by the column after it, which comes later.
     while (whole || width < S::LANES) && p + S::LANES <= k && (p + S::LANES - 1) * width + S::LANES <= to.len() {
         let mut i = 0;
         while i < width {
             let mut block = [s.splat(0.0); 16];
-            for (j, row) in block[..S::LANES.min(count.saturating_sub(i))].iter_mut().enumerate() {
-                let row_p = &rows[(i + j) * stride + p..];
-                *row = s.get(row_p);
-                // The rows of the next panel come from memory, too short for the hardware to see a stream.
-                s.prefetch_far(row_p.as_ptr().wrapping_add(width * stride));
+            if count >= i + S::LANES {
+                // Of a length that is known, so that it stays in registers.
+                load_rows(s, rows, i * stride + p, stride, width * stride, &mut block[..S::LANES]);
+            } else {
+                let there = count.saturating_sub(i);
+                load_rows(s, rows, i * stride + p, stride, width * stride, &mut block[..there]);
             }
             s.transpose(&mut block[..S::LANES]);
             for (q, column) in block[..S::LANES].iter().enumerate() {
@@ -295,6 +299,32 @@ pub(crate) fn transpose_into<S: Simd>(
             to[p * width + i] = if i < count { rows[i * stride + p] } else { 0.0 };
         }
     }
+}
+
+/// Vectors of rows `stride` apart, the first at `at`.
+#[inline(always)]
+fn load_rows<S: Simd>(s: S, rows: &[f32], at: usize, stride: usize, next: usize, to: &mut [S::V]) {
+    for (j, row) in to.iter_mut().enumerate() {
+        let from = &rows[at + j * stride..];
+        *row = s.get(from);
+        // The rows of the next panel come from memory, too short for the hardware to see a stream.
+        s.prefetch_far(from.as_ptr().wrapping_add(next));
+    }
+}
+
+/// As [`transpose_into`] for eight rows in full, as far as vectors go: how many numbers of each row.
+#[inline(always)]
+fn turn_eights<S: Simd>(s: S, rows: &[f32], stride: usize, k: usize, to: &mut [f32]) -> usize {
+    let whole = k / S::LANES * S::LANES;
+    for (at, to) in (0..whole).step_by(S::LANES).zip(to.chunks_exact_mut(8 * S::LANES)) {
+        let mut block = [s.splat(0.0); 8];
+        load_rows(s, rows, at, stride, 8 * stride, &mut block);
+        s.turn_eight(&mut block);
+        for (to, columns) in to.chunks_exact_mut(S::LANES).zip(&block) {
+            s.put(to, *columns);
+        }
+    }
+    whole
 }
 
 /// One panel of a matrix of rows: `count` columns of `k` rows, zeros beyond.

@@ -86,6 +86,14 @@ pub(crate) trait Simd: Copy {
         }
     }
 
+    /// Whether [`Simd::turn_eight`] is there.
+    const TURNS_EIGHT: bool = false;
+    /// Eight rows become their columns, one after the other: eight numbers each, so that a vector holds several.
+    #[inline(always)]
+    fn turn_eight(self, _rows: &mut [Self::V; 8]) {
+        unreachable!("asked for without `TURNS_EIGHT`")
+    }
+
     /// The product's micro-tile: `rows` (1 to [`Simd::ROWS`]) by [`Simd::vectors`]; see [`crate::gemm`].
     /// # Safety
     /// As [`crate::gemm::micro_tile`].
@@ -428,6 +436,37 @@ mod x86 {
                     rows[4 + c] = _mm512_shuffle_f32x4::<0x88>(odd, odd_below);
                     rows[8 + c] = _mm512_shuffle_f32x4::<0xdd>(even, even_below);
                     rows[12 + c] = _mm512_shuffle_f32x4::<0xdd>(odd, odd_below);
+                }
+            }
+        }
+        const TURNS_EIGHT: bool = true;
+        #[inline(always)]
+        fn turn_eight(self, rows: &mut [__m512; 8]) {
+            unsafe {
+                // As in `transpose`: quarter L of the first four rows becomes their columns 4L to 4L + 3, and so for the others.
+                for four in rows.as_chunks_mut::<4>().0 {
+                    let pairs = [
+                        _mm512_castps_pd(_mm512_unpacklo_ps(four[0], four[1])),
+                        _mm512_castps_pd(_mm512_unpackhi_ps(four[0], four[1])),
+                        _mm512_castps_pd(_mm512_unpacklo_ps(four[2], four[3])),
+                        _mm512_castps_pd(_mm512_unpackhi_ps(four[2], four[3])),
+                    ];
+                    *four = [
+                        _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[2])),
+                        _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[2])),
+                        _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[1], pairs[3])),
+                        _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[1], pairs[3])),
+                    ];
+                }
+                let [a, b, c, d, below_a, below_b, below_c, below_d] = *rows;
+                // Quarters of four vectors change places: those numbered L become vector L.
+                for (first, [w, x, y, z]) in [(0, [a, below_a, b, below_b]), (1, [c, below_c, d, below_d])] {
+                    let (low, high) = (_mm512_shuffle_f32x4::<0x44>(w, x), _mm512_shuffle_f32x4::<0xee>(w, x));
+                    let (low_2, high_2) = (_mm512_shuffle_f32x4::<0x44>(y, z), _mm512_shuffle_f32x4::<0xee>(y, z));
+                    rows[first] = _mm512_shuffle_f32x4::<0x88>(low, low_2);
+                    rows[first + 2] = _mm512_shuffle_f32x4::<0xdd>(low, low_2);
+                    rows[first + 4] = _mm512_shuffle_f32x4::<0x88>(high, high_2);
+                    rows[first + 6] = _mm512_shuffle_f32x4::<0xdd>(high, high_2);
                 }
             }
         }

@@ -25,31 +25,86 @@ pub struct Sums {
     pub weighted: f64,
 }
 
+/// The [`Sums`] of a row that comes in pieces. Each piece but the last is a multiple of [`SUMS_BLOCK`] long; then the sums have
+/// the same bits however the row was cut: blocks are added in order, each relative to the largest logit so far, and what was
+/// summed before is scaled when that rises (Milakov & Gimelshein 2018).
+#[derive(Debug, Clone, Copy)]
+pub struct RunningSums {
+    sums: Sums,
+    /// Logits so far.
+    len: usize,
+    /// Whether a logit was NaN or +∞.
+    bad: bool,
+}
+
+/// Logits whose sums are made at once.
+pub const SUMS_BLOCK: usize = BLOCK;
+
+impl Default for RunningSums {
+    fn default() -> Self {
+        Self { sums: Sums { max: f32::NEG_INFINITY, argmax: 0, sum: 0.0, weighted: 0.0 }, len: 0, bad: false }
+    }
+}
+
+impl RunningSums {
+    /// Logits so far.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there were none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Adds the logits that follow.
+    ///
+    /// # Panics
+    /// When an earlier piece was no multiple of [`SUMS_BLOCK`].
+    pub fn add(&mut self, isa: Isa, z_v: &[f32]) {
+        assert!(self.len.is_multiple_of(BLOCK) || z_v.is_empty(), "a row goes on after {} logits", self.len);
+        for block in z_v.chunks(BLOCK) {
+            self.add_block(isa, block);
+            self.len += block.len();
+        }
+    }
+
+    fn add_block(&mut self, isa: Isa, block: &[f32]) {
+        let (max, nan) = block_max(isa, block);
+        self.bad |= nan || max == f32::INFINITY;
+        if self.bad {
+            return;
+        }
+        let sums = &mut self.sums;
+        if max > sums.max {
+            // At first there is nothing to scale, and −∞ has no difference.
+            if sums.sum > 0.0 {
+                let below = f64::from(sums.max) - f64::from(max);
+                let scale = below.exp();
+                sums.weighted = scale * (sums.weighted + below * sums.sum);
+                sums.sum *= scale;
+            }
+            let first = block.iter().position(|z| *z == max).unwrap_or_default();
+            (sums.max, sums.argmax) = (max, self.len + first);
+        }
+        if sums.max > f32::NEG_INFINITY {
+            let (sum, weighted) = block_sums(isa, block, sums.max);
+            sums.sum += f64::from(sum);
+            sums.weighted += f64::from(weighted);
+        }
+    }
+
+    /// The sums of the whole row, or `None` when it holds NaN or +∞, or nothing above −∞.
+    pub fn finish(&self) -> Option<Sums> {
+        (!self.bad && self.sums.max > f32::NEG_INFINITY).then_some(self.sums)
+    }
+}
+
 /// The sums of a row, or `None` when it holds NaN or +∞, or nothing above −∞.
 pub fn sums(isa: Isa, z_v: &[f32]) -> Option<Sums> {
-    let mut best = (f32::NEG_INFINITY, 0);
-    for (index, block) in z_v.chunks(BLOCK).enumerate() {
-        let (max, nan) = block_max(isa, block);
-        if nan {
-            return None;
-        }
-        if max > best.0 {
-            best = (max, index);
-        }
-    }
-    let max = best.0;
-    if !max.is_finite() {
-        return None;
-    }
-    let first = best.1 * BLOCK;
-    let argmax = first + z_v[first..].iter().position(|z| *z == max)?;
-    let (mut sum, mut weighted) = (0.0, 0.0);
-    for block in z_v.chunks(BLOCK) {
-        let (s, w) = block_sums(isa, block, max);
-        sum += f64::from(s);
-        weighted += f64::from(w);
-    }
-    Some(Sums { max, argmax, sum, weighted })
+    let mut running = RunningSums::default();
+    running.add(isa, z_v);
+    running.finish()
 }
 
 /// `∑ exp(z − max)`.
@@ -374,7 +429,8 @@ mod tests {
                 assert_eq!(z[found.argmax], found.max);
                 let log = |z: f32| f64::from(z) - f64::from(found.max) - found.sum.ln();
                 assert!((log(z[0]) - exact[0]).abs() < 2e-6);
-                assert!((mass(isa, &z, found.max) - found.sum).abs() < 1e-9 * found.sum);
+                // Not the same bits: blocks before the largest logit were summed relative to a smaller one.
+                assert!((mass(isa, &z, found.max) - found.sum).abs() < 1e-6 * found.sum);
                 let entropy: f64 = exact.iter().map(|l| -l * l.exp()).sum();
                 assert!((found.sum.ln() - found.weighted / found.sum - entropy).abs() < 1e-5);
                 let mut weighed = z.clone();
@@ -383,6 +439,34 @@ mod tests {
                     let expected = l.exp() * (0.3 * l - 0.7);
                     assert!((f64::from(*w) - expected).abs() < 3e-6 * expected.abs() + 1e-9, "{w} {expected}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_in_pieces_has_the_same_bits() {
+        for isa in Isa::available() {
+            // Rising, so that the largest logit changes with every block, and far enough that the first ones vanish.
+            let mut z = row(5 * SUMS_BLOCK + 77, 8);
+            z.iter_mut().enumerate().for_each(|(i, z)| *z += (i / SUMS_BLOCK) as f32 * 30.0);
+            z[..SUMS_BLOCK].fill(f32::NEG_INFINITY);
+            let whole = sums(isa, &z).unwrap();
+            for piece in [1, 2, 3, 6] {
+                let mut running = RunningSums::default();
+                z.chunks(piece * SUMS_BLOCK).for_each(|part| running.add(isa, part));
+                assert_eq!(running.finish(), Some(whole), "{isa:?}, {piece}");
+            }
+            let exact: f64 = z.iter().map(|z| (f64::from(*z) - f64::from(whole.max)).exp()).sum();
+            assert!((whole.sum / exact - 1.0).abs() < 1e-6);
+            assert_eq!(z[whole.argmax], whole.max);
+            let weighted =
+                |z: &f32| (f64::from(*z) - f64::from(whole.max)) * (f64::from(*z) - f64::from(whole.max)).exp();
+            let exact: f64 = z.iter().filter(|z| z.is_finite()).map(weighted).sum();
+            assert!((whole.weighted / exact - 1.0).abs() < 1e-5);
+            for at in [SUMS_BLOCK + 3, 5 * SUMS_BLOCK] {
+                let mut bad = z.clone();
+                bad[at] = f32::NAN;
+                assert!(sums(isa, &bad).is_none());
             }
         }
     }

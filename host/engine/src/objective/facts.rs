@@ -1,12 +1,17 @@
-//! What the loss of a row needs of its logits: found in the whole row, or put together from the ranks' parts of it.
+//! What the loss of a row needs of its logits: found in the whole row, in parts of it that come one after the other, or put
+//! together from the ranks' parts.
 
+use std::ops::Range;
+
+use cosmos_kernels::Isa;
+use cosmos_kernels::vocabulary::RunningSums;
 use rayon::prelude::*;
 
 use super::divergence::{self, Divergence};
-use crate::Result;
 use crate::model::VocabShard;
 use crate::score::shard::{self, PartStats, RowPart, pick};
-use crate::score::softmax::RowStats;
+use crate::score::softmax::{RowStats, apply_temperature};
+use crate::{EngineError, Result};
 
 /// What is wanted of a row.
 #[derive(Debug, Clone, Default)]
@@ -98,5 +103,123 @@ impl Facts {
             Some(Facts { stats: row.own?, logits: row.picked, teacher })
         });
         Ok(facts.collect())
+    }
+}
+
+/// The rows of a loss, whose logits come in parts of the vocabulary, one after the other.
+#[derive(Debug, Default)]
+pub(super) struct SeenRows(Vec<SeenRow>);
+
+#[derive(Debug, Default)]
+struct SeenRow {
+    sums: RunningSums,
+    /// Single logits that are wanted, by id; NaN before they have come.
+    asked: Vec<(u32, f32)>,
+}
+
+impl SeenRows {
+    /// Takes the logits `[rows, part]` of the ids from `first` on in, and divides them by the temperature. `asked` gives the ids
+    /// whose logits are wanted of a row.
+    ///
+    /// # Errors
+    /// Parts that do not follow each other.
+    pub(super) fn add(
+        &mut self,
+        rows: Range<usize>,
+        first: usize,
+        logits_rp: &mut [f32],
+        temperature: f32,
+        asked: impl Fn(usize) -> Vec<u32> + Sync,
+    ) -> Result<()> {
+        if self.0.len() < rows.end {
+            self.0.resize_with(rows.end, SeenRow::default);
+        }
+        let width = logits_rp.len() / rows.len().max(1);
+        let own = &mut self.0[rows.clone()];
+        if let Some(row) = own.iter().find(|row| row.sums.len() != first) {
+            let message = format!("logits from id {first} on of rows {rows:?}, of which {} are there", row.sums.len());
+            return Err(EngineError::invalid(message, ""));
+        }
+        logits_rp.par_chunks_mut(width.max(1)).zip(own).zip(rows).for_each(|((z_p, seen), row)| {
+            if first == 0 {
+                seen.asked = asked(row).into_iter().map(|id| (id, f32::NAN)).collect();
+            }
+            apply_temperature(z_p, temperature);
+            seen.sums.add(Isa::best(), z_p);
+            for (id, logit) in &mut seen.asked {
+                if let Some(z) = (*id as usize).checked_sub(first).and_then(|at| z_p.get(at)) {
+                    *logit = *z;
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// Logits of each row so far, the least where they differ.
+    pub(super) fn vocab(&self) -> usize {
+        self.0.iter().map(|row| row.sums.len()).min().unwrap_or_default()
+    }
+
+    /// # Errors
+    /// Another number of rows than `rows`.
+    pub(super) fn check_rows(&self, rows: usize) -> Result<()> {
+        if self.0.len() == rows {
+            return Ok(());
+        }
+        Err(EngineError::invalid(format!("{} of {rows} rows of the loss were seen", self.0.len()), ""))
+    }
+
+    /// What was found in each; none where a number of the row is not finite.
+    pub(super) fn into_facts(self) -> impl Iterator<Item = Option<Facts>> {
+        self.0.into_iter().map(|SeenRow { sums, asked }| {
+            let stats = RowStats::from_sums(sums.finish()?);
+            Some(Facts { stats, logits: asked.into_iter().map(|(_, logit)| logit).collect(), teacher: None })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_in_parts_say_what_whole_rows_say() {
+        let (rows, vocab, part) = (3, 2500, 1024);
+        let logits_rv: Vec<f32> = (0..rows * vocab).map(|i| ((i * 7919) % 613) as f32 * 0.02 - 3.0).collect();
+        let ids = |row: usize| vec![row as u32, 2499, 1023, 1024, 77];
+        for temperature in [1.0, 0.7] {
+            let mut seen = SeenRows::default();
+            // Rows come in chunks within a part.
+            for first in (0..vocab).step_by(part) {
+                for chunk in [0..2, 2..3] {
+                    let own = |r: usize| logits_rv[r * vocab + first..r * vocab + vocab.min(first + part)].to_vec();
+                    let mut logits_rp: Vec<f32> = chunk.clone().flat_map(own).collect();
+                    seen.add(chunk, first, &mut logits_rp, temperature, ids).unwrap();
+                }
+            }
+            assert_eq!(seen.vocab(), vocab);
+            seen.check_rows(rows).unwrap();
+            for (row, found) in seen.into_facts().enumerate() {
+                let mut whole_v = logits_rv[row * vocab..(row + 1) * vocab].to_vec();
+                apply_temperature(&mut whole_v, temperature);
+                let asked = Asked { ids: ids(row), teacher: None };
+                let (found, expected) = (found.unwrap(), Facts::of(&asked, &whole_v, None).unwrap());
+                assert_eq!(found.logits, expected.logits);
+                assert_eq!(format!("{:?}", found.stats), format!("{:?}", expected.stats));
+            }
+        }
+    }
+
+    #[test]
+    fn parts_that_do_not_follow_each_other_are_refused() {
+        let mut seen = SeenRows::default();
+        let asked = |_| vec![0];
+        assert!(seen.add(0..1, 1024, &mut [0.0; 8], 1.0, asked).is_err());
+        seen.add(0..1, 0, &mut [f32::NAN; 1024], 1.0, asked).unwrap();
+        assert!(seen.add(0..1, 0, &mut [0.0; 1024], 1.0, asked).is_err());
+        seen.add(0..1, 1024, &mut [0.0; 8], 1.0, asked).unwrap();
+        assert!(seen.check_rows(2).unwrap_err().to_string().contains("1 of 2 rows"));
+        // A number that was not finite is not forgotten.
+        assert!(seen.vocab() == 1032 && seen.into_facts().all(|facts| facts.is_none()));
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::divergence::{self, Divergence};
-use super::facts::{Asked, Facts};
+use super::facts::{Asked, Facts, SeenRows};
 use super::report::Report;
 use super::row_gradient::RowGradient;
 use super::spec::{DistillKind, DistillSpec, Mass, Normaliser, ObjectiveSpec, Sample, TeacherView, Variant};
@@ -29,6 +29,8 @@ pub struct PolicyLoss<'a> {
     observed: Vec<Option<Observed>>,
     report: Report,
     row_kl: Vec<f32>,
+    /// Rows whose logits come in parts.
+    parts: SeenRows,
     /// The gradients of the rows that were settled.
     settled: Vec<RowGradient>,
 }
@@ -144,8 +146,8 @@ impl<'a> PolicyLoss<'a> {
         let observed = vec![None; rows.len()];
         let task = Task { spec, samples, rows, ranges, weights, entropy_weight, plan: None, shard: None };
         let needs_first_pass = task.needs_first_pass();
-        let (teacher_rv, settled) = (Vec::new(), Vec::new());
-        Ok(Self { task, teacher, teacher_rv, needs_first_pass, observed, report, row_kl, settled })
+        let (teacher_rv, parts, settled) = (Vec::new(), SeenRows::default(), Vec::new());
+        Ok(Self { task, teacher, teacher_rv, needs_first_pass, observed, report, row_kl, parts, settled })
     }
 
     /// Number of rows; when it is 0 there is nothing to run.
@@ -223,6 +225,17 @@ impl<'a> PolicyLoss<'a> {
     }
 
     fn check_chunk(&self, rows: &Range<usize>, logits: usize) -> Result<usize> {
+        let width = self.chunk_width(rows, logits)?;
+        let vocab = self.task.shard.as_ref().map_or(width, |shard| shard.vocab);
+        if let Some(shard) = self.task.shard.as_ref().filter(|shard| shard.len != width) {
+            return Err(EngineError::invalid(format!("rows of {width} logits where the rank has {shard:?}"), ""));
+        }
+        self.task.check_ids(rows, vocab)?;
+        Ok(width)
+    }
+
+    /// Logits of a row of a chunk.
+    fn chunk_width(&self, rows: &Range<usize>, logits: usize) -> Result<usize> {
         let count = rows.len();
         if rows.end > self.rows() || count == 0 || !logits.is_multiple_of(count) || logits == 0 {
             return Err(EngineError::invalid(
@@ -230,33 +243,7 @@ impl<'a> PolicyLoss<'a> {
                 "",
             ));
         }
-        let width = logits / count;
-        let vocab = self.task.shard.as_ref().map_or(width, |shard| shard.vocab);
-        if let Some(shard) = self.task.shard.as_ref().filter(|shard| shard.len != width) {
-            return Err(EngineError::invalid(format!("rows of {width} logits where the rank has {shard:?}"), ""));
-        }
-        let outside = |id: u32| id != ABSENT && id as usize >= vocab;
-        for row in &self.task.rows[rows.clone()] {
-            let sample = &self.task.samples[row.sample];
-            let target = self.task.target(*row);
-            let candidates = self.task.candidates(*row).map_or(&[][..], |c| c.0);
-            let bad = if target as usize >= vocab {
-                Some(target)
-            } else {
-                candidates.iter().copied().find(|&id| outside(id))
-            };
-            if let Some(id) = bad {
-                return Err(EngineError::invalid(
-                    format!(
-                        "sample {}: token {id} is outside the vocabulary of {vocab} (sequence of {})",
-                        row.sample,
-                        sample.ids.len()
-                    ),
-                    "teacher and student must share one tokenizer",
-                ));
-            }
-        }
-        Ok(width)
+        Ok(logits / count)
     }
 
     fn collect(&mut self, rows: Range<usize>, outcomes: Vec<RowOutcome>) {
@@ -392,23 +379,28 @@ impl HeadLoss for PolicyLoss<'_> {
         self.task.shard.is_none() && !whole
     }
 
-    fn settle(&mut self, rows: Range<usize>, logits_rv: &[f32]) -> Result<()> {
-        let width = self.check_chunk(&rows, logits_rv.len())?;
+    fn see(&mut self, rows: Range<usize>, first: usize, logits_rp: &mut [f32]) -> Result<()> {
+        self.chunk_width(&rows, logits_rp.len())?;
+        let task = &self.task;
+        self.parts.add(rows, first, logits_rp, task.spec.temperature, |row| task.asked(task.rows[row]).ids)
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        let parts = std::mem::take(&mut self.parts);
+        parts.check_rows(self.rows())?;
+        self.task.check_ids(&(0..self.rows()), parts.vocab())?;
+        let facts: Vec<Option<Facts>> = parts.into_facts().collect();
+        if self.needs_first_pass {
+            let seen = self.task.rows.iter().zip(&facts);
+            self.observed = seen.map(|(row, facts)| self.task.observe(*row, facts.as_ref()?)).collect();
+        }
         self.make_plan();
         let task = &self.task;
-        let found: Vec<(RowOutcome, RowGradient)> = logits_rv
-            .par_chunks(width)
-            .enumerate()
-            .map_init(Vec::new, |scaled_v, (r, z_v)| {
-                let row = task.rows[rows.start + r];
-                let facts = Facts::of(&task.asked(row), task.tempered(z_v, scaled_v), None);
-                task.settled(rows.start + r, row, facts.as_ref())
-            })
-            .collect();
+        let settled = |row: usize| task.settled(row, task.rows[row], facts[row].as_ref());
+        let found: Vec<(RowOutcome, RowGradient)> = (0..facts.len()).into_par_iter().map(settled).collect();
         let (outcomes, gradients): (Vec<RowOutcome>, Vec<RowGradient>) = found.into_iter().unzip();
-        self.settled.resize_with(self.task.rows.len(), RowGradient::default);
-        self.settled.splice(rows.clone(), gradients);
-        self.collect(rows, outcomes);
+        self.settled = gradients;
+        self.collect(0..facts.len(), outcomes);
         Ok(())
     }
 
@@ -427,6 +419,26 @@ struct Pull {
 }
 
 impl Task<'_> {
+    /// Refuses ids of these rows that no logit stands for.
+    fn check_ids(&self, rows: &Range<usize>, vocab: usize) -> Result<()> {
+        for row in &self.rows[rows.clone()] {
+            let target = std::iter::once(self.target(*row));
+            let candidates = self.candidates(*row).map_or(&[][..], |c| c.0);
+            let mut ids = target.chain(candidates.iter().copied().filter(|&id| id != ABSENT));
+            if let Some(id) = ids.find(|&id| id as usize >= vocab) {
+                return Err(EngineError::invalid(
+                    format!(
+                        "sample {}: token {id} is outside the vocabulary of {vocab} (sequence of {})",
+                        row.sample,
+                        self.samples[row.sample].ids.len()
+                    ),
+                    "teacher and student must share one tokenizer",
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// A row over the temperature, in `scaled_v` where that has an effect: the chunk still serves the model.
     fn tempered<'v>(&self, z_v: &'v [f32], scaled_v: &'v mut Vec<f32>) -> &'v [f32] {
         if !divides(self.spec.temperature) {

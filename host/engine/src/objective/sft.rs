@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::facts::SeenRows;
 use super::row_gradient::RowGradient;
 use crate::batch::{Position, TokenBatch};
 use crate::model::{HeadLoss, VocabShard};
@@ -50,6 +51,8 @@ pub struct SftLoss {
     non_finite_rows: usize,
     /// Which ids the rows hold, where it is not all of them.
     shard: Option<VocabShard>,
+    /// Rows whose logits come in parts.
+    parts: SeenRows,
     /// The gradients of the rows that were settled.
     settled: Vec<RowGradient>,
 }
@@ -87,6 +90,7 @@ impl SftLoss {
             correct: 0,
             non_finite_rows: 0,
             shard: None,
+            parts: SeenRows::default(),
             settled: Vec::new(),
         })
     }
@@ -150,12 +154,7 @@ impl SftLoss {
         if let Some(shard) = self.shard.as_ref().filter(|shard| shard.len != width) {
             return Err(EngineError::invalid(format!("rows of {width} logits where the rank has {shard:?}"), ""));
         }
-        if let Some(id) = targets.iter().find(|&&id| id as usize >= vocab) {
-            return Err(EngineError::invalid(
-                format!("token {id} is outside the vocabulary of {vocab}"),
-                "use the tokenizer that belongs to the model",
-            ));
-        }
+        check_targets(targets, vocab)?;
         let found: Vec<Option<(RowStats, f32)>> = match &self.shard {
             None => {
                 let row = |(z_v, &target): (&[f32], &u32)| RowStats::of(z_v).map(|stats| (stats, z_v[target as usize]));
@@ -173,8 +172,13 @@ impl SftLoss {
                 whole.into_iter().map(|row| row.own.map(|stats| (stats, row.picked[0]))).collect()
             }
         };
-        let mut gradients = Vec::with_capacity(targets.len());
-        for (found, &target) in found.into_iter().zip(targets) {
+        Ok(self.losses(rows.clone(), found))
+    }
+
+    /// Takes the losses of rows in, from their statistics and the logits of their targets.
+    fn losses(&mut self, rows: Range<usize>, found: Vec<Option<(RowStats, f32)>>) -> Vec<RowGradient> {
+        let mut gradients = Vec::with_capacity(rows.len());
+        for (found, &target) in found.into_iter().zip(&self.targets[rows]) {
             self.seen += 1;
             let found = found.map(|(stats, z)| (stats, stats.log_prob(z)));
             let Some((stats, log_prob)) = found.filter(|f| f.1.is_finite()) else {
@@ -188,7 +192,18 @@ impl SftLoss {
             gradient.add(target, -self.weight);
             gradients.push(gradient);
         }
-        Ok(gradients)
+        gradients
+    }
+}
+
+/// Refuses a target that no logit stands for.
+fn check_targets(targets: &[u32], vocab: usize) -> Result<()> {
+    match targets.iter().find(|&&id| id as usize >= vocab) {
+        None => Ok(()),
+        Some(id) => Err(EngineError::invalid(
+            format!("token {id} is outside the vocabulary of {vocab}"),
+            "use the tokenizer that belongs to the model",
+        )),
     }
 }
 
@@ -218,10 +233,20 @@ impl HeadLoss for SftLoss {
         self.shard.is_none()
     }
 
-    fn settle(&mut self, rows: Range<usize>, logits_rv: &[f32]) -> Result<()> {
-        let gradients = self.take(&rows, logits_rv)?;
-        self.settled.resize_with(self.rows(), RowGradient::default);
-        self.settled.splice(rows, gradients);
+    fn see(&mut self, rows: Range<usize>, first: usize, logits_rp: &mut [f32]) -> Result<()> {
+        let Some(targets) = self.targets.get(rows.clone()) else {
+            return Err(EngineError::invalid(format!("a chunk of rows {rows:?}; the loss has {}", self.rows()), ""));
+        };
+        let start = rows.start;
+        self.parts.add(rows, first, logits_rp, 1.0, |row| vec![targets[row - start]])
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        let parts = std::mem::take(&mut self.parts);
+        parts.check_rows(self.rows())?;
+        check_targets(&self.targets, parts.vocab())?;
+        let found = parts.into_facts().map(|facts| facts.map(|facts| (facts.stats, facts.logits[0]))).collect();
+        self.settled = self.losses(0..self.rows(), found);
         Ok(())
     }
 

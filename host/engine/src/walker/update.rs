@@ -2,8 +2,8 @@
 //! is forgotten. Gradients take as much memory as the weights; here those of one block are there at a time, and of the head
 //! those of a part of its vocabulary:
 //!
-//! 1. Forward, keeping block inputs; the head in chunks of rows, for the loss alone. Nothing has changed yet, and a number
-//!    that is not finite ends it here.
+//! 1. Forward, keeping block inputs; the head in parts of the vocabulary, for the loss alone. Nothing has changed yet, and a
+//!    number that is not finite ends it here.
 //! 2. The head in parts of the vocabulary: logits of the part again, their gradient, that at the hidden states, that at the
 //!    part's weights, and their update. Weights of a part are read for the last time before they change.
 //! 3. The norm and the blocks, last first; nothing below reads what has changed.
@@ -29,8 +29,6 @@ pub(crate) const FRUGAL_BYTES: usize = 1 << 30;
 const TABLE_PART_BYTES: usize = 16 << 20;
 /// Bytes of logits of a part of the vocabulary.
 const PART_LOGITS_BYTES: usize = 32 << 20;
-/// Bytes of logits of whole rows while losses are settled.
-const SETTLED_LOGITS_BYTES: usize = 24 << 20;
 /// Numbers that a thread takes at a time.
 const SLICE: usize = 1 << 16;
 
@@ -61,8 +59,8 @@ impl<E: BlockEngine> Transformer<E> {
         let frugal = self.is_frugal();
         let mut forward = self.forward(batch, positions, frugal)?;
         let parts = self.engine.head_part_ids().filter(|_| frugal && loss.remakes());
-        if parts.is_some() {
-            self.settle(&forward.hidden_rh, loss)?;
+        if let Some(part_ids) = parts {
+            self.settle(&forward.hidden_rh, loss, part_ids)?;
         }
         let mut waiting = self.waiting(&forward);
         let dhidden_rh = match parts {
@@ -166,9 +164,7 @@ impl<E: BlockEngine> Transformer<E> {
         if !all_finite(hidden_rh) || !all_finite(&self.groups[group]) {
             return Ok(None);
         }
-        let chunk_rows = self.engine.head_chunk_rows();
-        // Whole chunks, so that the sums over rows stay those of chunks.
-        let rows_each = (PART_LOGITS_BYTES / (4 * part_ids) / chunk_rows).max(1) * chunk_rows;
+        let (chunk_rows, rows_each) = (self.engine.head_chunk_rows(), self.part_rows(part_ids));
         let mut dhidden_rh = Buffer::zeros(hidden_rh.len());
         let vocab = self.groups[group].len() / hidden;
         let mut logits_rp = Buffer::dirty(rows_each.min(rows) * part_ids.min(vocab));
@@ -177,8 +173,7 @@ impl<E: BlockEngine> Transformer<E> {
             let values_ph = &self.groups[group][start..self.groups[group].len().min(start + part_ids * hidden)];
             let grads_ph = &mut grads[..values_ph.len()];
             clear(grads_ph);
-            for first in (0..rows).step_by(rows_each) {
-                let range = first..rows.min(first + rows_each);
+            for range in chunks(rows, rows_each) {
                 let at = range.start * hidden..range.end * hidden;
                 let part_rh = &hidden_rh[at.clone()];
                 let logits_rp = &mut logits_rp[..range.len() * (values_ph.len() / hidden)];
@@ -193,30 +188,27 @@ impl<E: BlockEngine> Transformer<E> {
         Ok(Some(dhidden_rh))
     }
 
-    /// The losses of all rows, from the whole head.
-    fn settle(&mut self, hidden_rh: &[f32], loss: &mut dyn HeadLoss) -> Result<()> {
-        let hidden = self.engine.config().hidden_size;
-        // Rows are settled one by one, so there may be fewer at a time than in a pass that makes gradients.
-        let chunk_rows = self.settled_rows();
-        let mut logits_rv = self.logits_memory(hidden_rh.len() / hidden, chunk_rows);
-        self.observe(hidden_rh, loss, chunk_rows, &mut logits_rv)?;
-        let chunks = chunks(hidden_rh.len() / hidden, chunk_rows);
-        for range in &chunks {
-            let part_rh = &hidden_rh[range.start * hidden..range.end * hidden];
-            // As in the pass that makes gradients.
-            let logits_rv = match chunks.len() > 1 || !loss.needs_first_pass() {
-                true => self.training_logits(part_rh, &mut logits_rv)?,
-                false => &mut logits_rv,
-            };
-            loss.settle(range.clone(), logits_rv)?;
+    /// The losses of all rows, from the head in the same parts.
+    fn settle(&self, hidden_rh: &[f32], loss: &mut dyn HeadLoss, part_ids: usize) -> Result<()> {
+        let (hidden, values) = (self.engine.config().hidden_size, &self.groups[self.head_group()]);
+        let (rows, rows_each) = (hidden_rh.len() / hidden, self.part_rows(part_ids));
+        let mut logits_rp = Buffer::dirty(rows_each.min(rows) * part_ids.min(values.len() / hidden));
+        for start in (0..values.len()).step_by(part_ids * hidden) {
+            let values_ph = &values[start..values.len().min(start + part_ids * hidden)];
+            for range in chunks(rows, rows_each) {
+                let part_rh = &hidden_rh[range.start * hidden..range.end * hidden];
+                let logits_rp = &mut logits_rp[..range.len() * (values_ph.len() / hidden)];
+                self.engine.head_of_masters(self.device.head(), values_ph, part_rh, logits_rp)?;
+                loss.see(range, start / hidden, logits_rp)?;
+            }
         }
-        Ok(())
+        loss.settle()
     }
 
-    /// Rows of logits that are settled at a time.
-    fn settled_rows(&self) -> usize {
-        let row = 4 * self.engine.config().vocab_size;
-        self.engine.head_chunk_rows().min((SETTLED_LOGITS_BYTES / row).max(1))
+    /// Rows of logits of a part of the vocabulary: whole chunks, so that the sums over rows stay those of chunks.
+    fn part_rows(&self, part_ids: usize) -> usize {
+        let chunk_rows = self.engine.head_chunk_rows();
+        (PART_LOGITS_BYTES / (4 * part_ids) / chunk_rows).max(1) * chunk_rows
     }
 
     /// As [`Transformer::head_in_parts`], with the gradient of the whole head held before its update.

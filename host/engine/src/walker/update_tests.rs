@@ -148,7 +148,7 @@ fn parts_of_the_head_and_tiles_one_by_one_change_no_bit() {
     for (tied, frugal_bytes) in [(true, 0), (false, 0), (true, usize::MAX)] {
         let config = wide(tied);
         let rows = sequences(&[120, 90, 127, 64, 3], config.vocab_size);
-        for kind in [Kind::Likelihood, Kind::Sampled] {
+        for kind in [Kind::Likelihood, Kind::Sampled, Kind::Candidates] {
             let after = model_of(&config);
             compare(after, in_parts(&config, frugal_bytes), kind, &rows, &format!("tied: {tied}, {frugal_bytes}"));
         }
