@@ -302,6 +302,26 @@ mod x86 {
         }
     }
 
+    /// Of four rows, quarter L becomes their columns 4L to 4L + 3.
+    #[inline(always)]
+    unsafe fn turn_four(rows: &mut [__m512; 4]) {
+        // SAFETY: the caller has found the instructions.
+        unsafe {
+            let pairs = [
+                _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1])),
+                _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1])),
+                _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3])),
+                _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3])),
+            ];
+            *rows = [
+                _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[2])),
+                _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[2])),
+                _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[1], pairs[3])),
+                _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[1], pairs[3])),
+            ];
+        }
+    }
+
     // SAFETY of every block below: the token exists only where the machine has the instructions; loads and stores pass
     // on the caller's promise.
     impl Simd for Avx512 {
@@ -411,20 +431,8 @@ mod x86 {
         fn transpose(self, rows: &mut [__m512]) {
             let Some(rows) = rows.first_chunk_mut::<16>() else { return };
             unsafe {
-                // Four rows at a time: their quarter L becomes columns 4L to 4L + 3.
-                for four in rows.as_chunks_mut::<4>().0 {
-                    let pairs = [
-                        _mm512_castps_pd(_mm512_unpacklo_ps(four[0], four[1])),
-                        _mm512_castps_pd(_mm512_unpackhi_ps(four[0], four[1])),
-                        _mm512_castps_pd(_mm512_unpacklo_ps(four[2], four[3])),
-                        _mm512_castps_pd(_mm512_unpackhi_ps(four[2], four[3])),
-                    ];
-                    *four = [
-                        _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[2])),
-                        _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[2])),
-                        _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[1], pairs[3])),
-                        _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[1], pairs[3])),
-                    ];
+                for four in rows.as_chunks_mut().0 {
+                    turn_four(four);
                 }
                 // Then the quarters change places.
                 for c in 0..4 {
@@ -443,20 +451,8 @@ mod x86 {
         #[inline(always)]
         fn turn_eight(self, rows: &mut [__m512; 8]) {
             unsafe {
-                // As in `transpose`: quarter L of the first four rows becomes their columns 4L to 4L + 3, and so for the others.
-                for four in rows.as_chunks_mut::<4>().0 {
-                    let pairs = [
-                        _mm512_castps_pd(_mm512_unpacklo_ps(four[0], four[1])),
-                        _mm512_castps_pd(_mm512_unpackhi_ps(four[0], four[1])),
-                        _mm512_castps_pd(_mm512_unpacklo_ps(four[2], four[3])),
-                        _mm512_castps_pd(_mm512_unpackhi_ps(four[2], four[3])),
-                    ];
-                    *four = [
-                        _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[2])),
-                        _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[2])),
-                        _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[1], pairs[3])),
-                        _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[1], pairs[3])),
-                    ];
+                for four in rows.as_chunks_mut().0 {
+                    turn_four(four);
                 }
                 let [a, b, c, d, below_a, below_b, below_c, below_d] = *rows;
                 // Quarters of four vectors change places: those numbered L become vector L.
