@@ -1,8 +1,8 @@
 //! Memory that will be read soon, fetched while something else is computed.
 //!
 //! Attention over cached tokens reads far more than it computes, products of matrices the reverse. Whoever knows what
-//! attention will read names it here before the products that come first; these then ask for a line with every step of
-//! their sums, so that memory and arithmetic are busy at once. What has arrived may even be used between their tiles, before
+//! attention will read names it here before the products that come first; these then ask for it a little with every step
+//! of their sums, so that memory and arithmetic are busy at once. What has arrived may even be used between their tiles, before
 //! other things take its place in the caches. Nothing but time depends on it.
 #![allow(unsafe_code)]
 
@@ -65,18 +65,18 @@ impl Requests {
         Self(SPANS.take())
     }
 
-    /// Where to ask for the next `lines` lines, if there is anything to ask for. Those beyond a span's end do no harm.
+    /// Where to ask for the next lines, `lines` at most, and for how many, if there is anything to ask for.
     #[inline(always)]
-    pub fn take(&mut self, lines: usize) -> Option<*const f32> {
+    pub fn take(&mut self, lines: usize) -> Option<(*const f32, usize)> {
         let span = self.0.front_mut()?;
-        let at = span.at;
-        if span.lines > lines {
-            (span.at, span.lines) = (at.wrapping_add(lines * LINE), span.lines - lines);
+        let (at, there) = (span.at, span.lines);
+        if there > lines {
+            (span.at, span.lines) = (at.wrapping_add(lines * LINE), there - lines);
         } else {
             ASKED.set(ASKED.get() + usize::from(span.last));
             self.0.pop_front();
         }
-        Some(at)
+        Some((at, there.min(lines)))
     }
 }
 
@@ -122,13 +122,13 @@ mod tests {
         fetch([vec![&first[..], &[]], vec![&second]].into_iter().map(Vec::into_iter));
         // 40 numbers are two lines and a half.
         let take = |lines| Requests::new().take(lines);
-        let found: Vec<_> = std::iter::from_fn(|| take(2).map(|at| (at, asked()))).collect();
-        assert_eq!(found[..2], [(first.as_ptr(), 0), (first[32..].as_ptr(), 0)]);
-        assert_eq!((found.len(), found[2].1, found[3]), (4, 1, (second.as_ptr(), 2)));
+        let found: Vec<_> = std::iter::from_fn(|| take(2).map(|found| (found, asked()))).collect();
+        assert_eq!(found[..2], [((first.as_ptr(), 2), 0), ((first[32..].as_ptr(), 1), 0)]);
+        assert_eq!((found.len(), found[2].1, found[3]), (4, 1, ((second.as_ptr(), 1), 2)));
         // What comes later replaces what is left.
         fetch([[&first[..]].into_iter()].into_iter());
         fetch([[&second[..]].into_iter()].into_iter());
-        assert_eq!((take(256), take(256), asked()), (Some(second.as_ptr()), None, 1));
+        assert_eq!((take(256), take(256), asked()), (Some((second.as_ptr(), 1)), None, 1));
     }
 
     #[test]

@@ -33,6 +33,9 @@ const VECTOR_MAX: usize = 16;
 const PANELS_MAX: usize = 4;
 /// Streams of memory that a micro-tile may ask for while it runs.
 const STREAMS: usize = 3;
+/// Steps of a micro-tile in which a stream of what others asked for comes a line further. The first cache can wait for some
+/// dozens of lines; where slow memory takes all of these places, what the tile itself reads has to queue behind it.
+const STEPS_PER_LINE: usize = 2;
 /// Parts may take so much longer than the fastest ones if there are more of them.
 const PARTS_COST_MAX: f64 = 1.015;
 /// A product cheaper than this many nanoseconds stays on its thread.
@@ -96,7 +99,7 @@ pub(crate) struct Tile {
     soon: [Stream; STREAMS],
 }
 
-/// Memory that a micro-tile asks for, a line with every row of k.
+/// Memory that a micro-tile asks for, a little with every row of k.
 #[derive(Clone, Copy)]
 struct Stream {
     at: *const f32,
@@ -651,7 +654,8 @@ fn soon<S: Simd>(place: Place, from: Panels<'_>, ahead: &mut ahead::Requests, ne
         _ => 0,
     };
     for stream in &mut soon[own..soon_len] {
-        *stream = ahead.take(k).map_or(none, |at| Stream { at, step: LINE });
+        let lines = k.div_ceil(STEPS_PER_LINE);
+        *stream = ahead.take(lines).map_or(none, |(at, lines)| Stream { at, step: (lines * LINE).div_ceil(k) });
     }
     soon
 }
