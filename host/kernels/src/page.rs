@@ -195,8 +195,8 @@ fn page_scores<S: Simd, const HEADS: usize>(
             for j in 0..2 {
                 let (low, high) = (at + j * S::LANES, at + PAGE_TOKENS + j * S::LANES);
                 let (x, y) = (s.get(&keys[low..]), s.get(&keys[high..]));
-                s.prefetch(after.wrapping_add(low));
-                s.prefetch(after.wrapping_add(high));
+                s.prefetch_once(after.wrapping_add(low));
+                s.prefetch_once(after.wrapping_add(high));
                 for h in 0..HEADS {
                     even[h][j] = s.fma(s.splat(queries[h * dim + d]), x, even[h][j]);
                     odd[h][j] = s.fma(s.splat(queries[h * dim + d + 1]), y, odd[h][j]);
@@ -271,7 +271,7 @@ fn mixed<S: Simd, const HEADS: usize, const VECTORS: usize>(
         for (row, (token, values)) in tokens.zip(seen.values(page).chunks_exact(dim)).enumerate() {
             for j in 0..VECTORS {
                 let value = s.get(&values[first + j * S::LANES..]);
-                s.prefetch(after.wrapping_add(row * dim + first + j * S::LANES));
+                s.prefetch_once(after.wrapping_add(row * dim + first + j * S::LANES));
                 for h in 0..HEADS {
                     sums[h][j] = s.fma(s.splat(weights[h * stride + token]), value, sums[h][j]);
                 }

@@ -49,6 +49,9 @@ pub(crate) trait Simd: Copy {
     /// Asks for the cache line of an address that will be read soon. It need not exist.
     #[inline(always)]
     fn prefetch(self, _at: *const f32) {}
+    /// As [`Simd::prefetch`], where it is read once: other things keep their places in the larger caches.
+    #[inline(always)]
+    fn prefetch_once(self, _at: *const f32) {}
     /// As [`Simd::prefetch`], for later: into the second cache.
     #[inline(always)]
     fn prefetch_far(self, _at: *const f32) {}
@@ -356,6 +359,10 @@ mod x86 {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
         #[inline(always)]
+        fn prefetch_once(self, at: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_NTA>(at.cast()) }
+        }
+        #[inline(always)]
         fn prefetch_far(self, at: *const f32) {
             unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
         }
@@ -499,6 +506,10 @@ mod x86 {
         #[inline(always)]
         fn prefetch(self, at: *const f32) {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+        #[inline(always)]
+        fn prefetch_once(self, at: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_NTA>(at.cast()) }
         }
         #[inline(always)]
         fn prefetch_far(self, at: *const f32) {
