@@ -136,8 +136,8 @@ impl SeenRows {
         }
         let width = logits_rp.len() / rows.len().max(1);
         let own = &mut self.0[rows.clone()];
-        if let Some(row) = own.iter().find(|row| row.sums.len() != first) {
-            let message = format!("logits from id {first} on of rows {rows:?}, of which {} are there", row.sums.len());
+        if let Some(row) = own.iter().find(|row| row.sums.seen() != first) {
+            let message = format!("logits from id {first} on of rows {rows:?}, of which {} are there", row.sums.seen());
             return Err(EngineError::invalid(message, ""));
         }
         logits_rp.par_chunks_mut(width.max(1)).zip(own).zip(rows).for_each(|((z_p, seen), row)| {
@@ -157,7 +157,7 @@ impl SeenRows {
 
     /// Logits of each row so far, the least where they differ.
     pub(super) fn vocab(&self) -> usize {
-        self.0.iter().map(|row| row.sums.len()).min().unwrap_or_default()
+        self.0.iter().map(|row| row.sums.seen()).min().unwrap_or_default()
     }
 
     /// # Errors
