@@ -176,10 +176,12 @@ pub trait BlockEngine: Send + Sync + 'static {
     /// Adds the gradient at the embedding's rows to `grads`, `[vocab, hidden]`.
     fn embed_vjp(&self, ids: &[u32], dy: Self::Tensor, grads: &mut [f32]) -> Result<()>;
 
-    /// One block over a tile of `b` rows.
+    /// One block over a tile of `b` rows; the same bits with the master values `params`, which are for engines where
+    /// [`BlockEngine::trains_on_masters`], or without.
     fn block_forward(
         &self,
         block: &Self::Block,
+        params: Option<&[f32]>,
         geometry: &Self::Geometry,
         b: usize,
         x: Self::Tensor,

@@ -29,8 +29,9 @@ pub const KEPT_BYTES_MAX: usize = 1 << 30;
 /// Of a model whose parameters are large beside that, it keeps at most this part of their bytes: what is kept spares a
 /// fraction of the step's time, and there memory is what decides whether a model can be trained at all.
 const KEPT_PART_OF_PARAMS: usize = 16;
-/// What the device holds for decoding may stay through training, where it is not used, up to this size.
-const IDLE_BYTES_MAX: usize = 256 << 20;
+/// Bytes of weights up to which the second form of them that decoding reads may be there while training or scoring goes on,
+/// which do without where [`BlockEngine::trains_on_masters`].
+pub const SECOND_FORM_BYTES_MAX: usize = 256 << 20;
 
 /// Where a parameter lies in the buffers.
 struct Place {
@@ -125,6 +126,8 @@ pub struct Transformer<E: BlockEngine> {
     accumulated: bool,
     /// Bytes of parameters from which on an update within the backward spares memory at the cost of time.
     frugal_bytes: usize,
+    /// [`SECOND_FORM_BYTES_MAX`].
+    second_form_bytes_max: usize,
     device: OnDevice<E>,
     /// None where decoding reads what training reads.
     decoding: Option<Decoding<E>>,
@@ -218,6 +221,7 @@ impl<E: BlockEngine> Transformer<E> {
             stale,
             accumulated: false,
             frugal_bytes: FRUGAL_BYTES,
+            second_form_bytes_max: SECOND_FORM_BYTES_MAX,
             decoding: None,
         })
     }
@@ -272,6 +276,16 @@ impl<E: BlockEngine> Transformer<E> {
         self.device.refresh(&self.engine, &self.groups, &mut self.stale);
     }
 
+    /// Whether scoring reads the master values, as training does, although products take a little longer there.
+    fn scores_on_masters(&self) -> bool {
+        self.engine.trains_on_masters() && self.params_bytes() > self.second_form_bytes_max
+    }
+
+    /// Makes ready what scoring reads.
+    fn prepare_scoring(&mut self) {
+        if self.scores_on_masters() { self.prepare_training() } else { self.refresh() }
+    }
+
     /// Makes ready what forward and backward read.
     fn prepare_training(&mut self) {
         if !self.engine.trains_on_masters() {
@@ -281,7 +295,7 @@ impl<E: BlockEngine> Transformer<E> {
         if std::mem::take(&mut self.stale[norm]) {
             self.device.norm = self.engine.norm(&self.groups[norm]);
         }
-        if self.device_bytes() > IDLE_BYTES_MAX {
+        if self.device_bytes() > self.second_form_bytes_max {
             self.device.embed = self.engine.no_table(&self.groups[0]);
             for (block, flat) in self.device.blocks.iter_mut().zip(self.groups.iter().skip(1)) {
                 *block = self.engine.no_block(flat);
@@ -569,14 +583,16 @@ impl<E: BlockEngine> Model for Transformer<E> {
     }
 
     fn hidden_rh(&mut self, batch: &TokenBatch, positions: &[Position]) -> Result<Vec<f32>> {
-        self.refresh();
+        self.prepare_scoring();
+        let masters = self.scores_on_masters();
         let tiles = plan(batch, positions, self.config(), self.engine.tile_tokens())?;
         let geometries = self.geometries(&tiles);
         let found = self.engine.run_lanes(tiles.len(), &|index| {
             let (tile, geometry) = (&tiles[index], &geometries[index]);
             let mut x = self.engine.embed(&self.device.embed, &self.groups[0], &tile.ids)?;
-            for block in &self.device.blocks {
-                x = self.engine.block_forward(block, geometry, tile.b(), x)?;
+            for (layer, block) in self.device.blocks.iter().enumerate() {
+                let params = masters.then(|| &self.groups[1 + layer]);
+                x = self.engine.block_forward(block, params, geometry, tile.b(), x)?;
             }
             self.engine.final_norm(&self.device.norm, x, &tile.wanted)
         });
@@ -584,7 +600,7 @@ impl<E: BlockEngine> Model for Transformer<E> {
     }
 
     fn head_logits_rv(&mut self, hidden_rh: &[f32], out: &mut Vec<f32>) -> Result<()> {
-        self.refresh();
+        self.prepare_scoring();
         let hidden = self.config().hidden_size;
         if !hidden_rh.len().is_multiple_of(hidden) {
             return Err(EngineError::invalid(format!("{} hidden values are no rows of {hidden}", hidden_rh.len()), ""));
@@ -593,7 +609,12 @@ impl<E: BlockEngine> Model for Transformer<E> {
             out.clear();
             return Ok(());
         }
-        self.engine.head(self.device.head(), hidden_rh, out)
+        if !self.scores_on_masters() {
+            return self.engine.head(self.device.head(), hidden_rh, out);
+        }
+        // Every number is overwritten, so the old ones may stay.
+        out.resize(hidden_rh.len() / hidden * self.config().vocab_size, 0.0);
+        self.engine.head_of_masters(self.device.head(), &self.groups[self.head_group()], hidden_rh, out)
     }
 
     fn head_chunk_rows(&self) -> usize {

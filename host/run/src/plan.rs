@@ -5,7 +5,7 @@ use cosmos_broker::wire::native::{WireFloats, bytes_per_token};
 use cosmos_config::{Config, Dtype, UpdateInBackward, WireDtype};
 use cosmos_controller::Plan as RunPlan;
 use cosmos_engine::model::ModelConfig;
-use cosmos_engine::walker::KEPT_BYTES_MAX;
+use cosmos_engine::walker::{KEPT_BYTES_MAX, SECOND_FORM_BYTES_MAX};
 use serde::Serialize;
 
 use crate::choose::Weighted;
@@ -267,11 +267,13 @@ impl Plan {
         for spec in teachers {
             let teacher = &spec.config;
             let parameters = teacher.parameter_count();
+            // Scoring with a large model on the CPU reads the masters too.
+            let copied = !is_native(config) || parameters * F32 <= SECOND_FORM_BYTES_MAX as u64;
             memory.push(RoleMemory {
                 role: "teacher",
                 name: (teachers.len() > 1).then(|| spec.name.clone()),
                 parameters,
-                weights_bytes: parameters * F32 * 2,
+                weights_bytes: parameters * F32 * (1 + u64::from(copied)),
                 gradients: false,
                 activations_bytes: spec.wanted.mini_batch as u64
                     * context.min(response * 2)

@@ -209,7 +209,7 @@ impl<E: BlockEngine> RankModel<E> {
             } else {
                 let found = engine.run_lanes(tiles.len(), &|index| {
                     let (tile, x) = (&tiles[index], xs[index].clone());
-                    engine.block_forward(&ready.device, &tile.geometry, tile.b, x)
+                    engine.block_forward(&ready.device, None, &tile.geometry, tile.b, x)
                 });
                 xs = found.into_iter().collect::<Result<Vec<_>>>()?;
             }

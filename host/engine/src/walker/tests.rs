@@ -6,7 +6,9 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
+use super::*;
 use crate::batch::{Position, TokenBatch};
+use crate::cpu_engine::CpuEngine;
 use crate::model::{self, Decoder, HeadLoss, Model, ModelConfig, Prefill};
 use crate::{EngineError, Result};
 
@@ -343,6 +345,30 @@ fn a_frozen_model_holds_no_gradients(device: &str) {
     assert!(model.read_grad(0).iter().all(|g| *g == 0.0));
     model.zero_grads();
     assert!(model.decoder(1, 8).is_ok());
+}
+
+#[test]
+fn scoring_needs_no_second_form_of_the_weights() {
+    for config in configs() {
+        let rows = sequences(&[37, 5, 20], config.vocab_size);
+        let (batch, mut said) = (batch(&rows), Vec::new());
+        for second_form_bytes_max in [SECOND_FORM_BYTES_MAX, 0] {
+            let from = random("cpu", &config, 9);
+            let values = (0..from.params().len()).map(|index| from.read_param(index)).collect();
+            let mut model = Transformer::new(CpuEngine::new(config.clone()), values).unwrap();
+            model.second_form_bytes_max = second_form_bytes_max;
+            for round in 0..2 {
+                let (hidden_rh, mut logits_rv) = (model.hidden_rh(&batch, &positions(&batch)).unwrap(), Vec::new());
+                model.head_logits_rv(&hidden_rh, &mut logits_rv).unwrap();
+                assert_eq!(model.device_bytes() > 0, second_form_bytes_max > 0, "round {round}");
+                said.push((hidden_rh, logits_rv));
+                // Decoding has it, and leaves it.
+                drop(model.decoder(1, 8).unwrap());
+                assert!(model.device_bytes() > 0);
+            }
+        }
+        assert!(said.iter().all(|other| *other == said[0]), "{config:?}");
+    }
 }
 
 #[test]
