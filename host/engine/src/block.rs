@@ -154,7 +154,7 @@ pub trait BlockEngine: Send + Sync + 'static {
         Vec::new()
     }
     /// Whether training reads the master values themselves: then [`BlockEngine::block_forward_keep`] is given them, and tables
-    /// and blocks are uploaded for decoding and scoring only.
+    /// and blocks are uploaded only for decoding, and for scoring where they are small.
     fn trains_on_masters(&self) -> bool {
         false
     }
@@ -185,7 +185,9 @@ pub trait BlockEngine: Send + Sync + 'static {
         geometry: &Self::Geometry,
         b: usize,
         x: Self::Tensor,
-    ) -> Result<Self::Tensor>;
+    ) -> Result<Self::Tensor> {
+        Ok(self.block_forward_keep(block, params, geometry, b, x, false)?.0)
+    }
     /// Bytes a token that keeping the whole of one block's forward takes; 0 if the engine has no use for it.
     fn saved_bytes(&self) -> usize;
     /// As [`BlockEngine::block_forward`], and what backward needs: with `whole` everything that spares it from running the

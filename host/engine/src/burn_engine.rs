@@ -254,17 +254,6 @@ impl BlockEngine for BurnEngine {
         Ok(())
     }
 
-    fn block_forward(
-        &self,
-        block: &BlockParams,
-        _params: Option<&[f32]>,
-        geometry: &Geometry,
-        b: usize,
-        x: Tensor<2>,
-    ) -> Result<Tensor<2>> {
-        Ok(network::block(block, &self.shapes, geometry, &self.half_turn, b, x))
-    }
-
     fn saved_bytes(&self) -> usize {
         0
     }
@@ -272,13 +261,13 @@ impl BlockEngine for BurnEngine {
     fn block_forward_keep(
         &self,
         block: &BlockParams,
-        params: Option<&[f32]>,
+        _params: Option<&[f32]>,
         geometry: &Geometry,
         b: usize,
         x: Tensor<2>,
         _whole: bool,
     ) -> Result<(Tensor<2>, Tensor<2>)> {
-        Ok((self.block_forward(block, params, geometry, b, x.clone())?, x))
+        Ok((network::block(block, &self.shapes, geometry, &self.half_turn, b, x.clone()), x))
     }
 
     fn saved_input(&self, x: Tensor<2>) -> Tensor<2> {

@@ -164,11 +164,6 @@ impl CpuEngine {
         Run { isa: self.isa, layout: &self.layout, weights, inside: self.inside.as_ref() }
     }
 
-    /// The block on its master values where `params` has them, else as it is held.
-    fn run_on<'a>(&'a self, block: &'a CpuBlock, params: Option<&'a [f32]>) -> Run<'a> {
-        self.run(params.map_or_else(|| block.weights(), |params| self.layout.weights(params)))
-    }
-
     /// The row of the embedding that this rank has for an id.
     fn row_of(&self, id: u32) -> Option<usize> {
         let id = id as usize;
@@ -387,17 +382,6 @@ impl BlockEngine for CpuEngine {
         Ok(())
     }
 
-    fn block_forward(
-        &self,
-        block: &CpuBlock,
-        params: Option<&[f32]>,
-        turns: &Arc<Turns>,
-        b: usize,
-        x: Arc<Buffer>,
-    ) -> Result<Arc<Buffer>> {
-        Ok(Arc::new(self.run_on(block, params).forward(turns, b, &x)?))
-    }
-
     fn saved_bytes(&self) -> usize {
         4 * self.config.kept_width()
     }
@@ -411,10 +395,11 @@ impl BlockEngine for CpuEngine {
         x: Arc<Buffer>,
         whole: bool,
     ) -> Result<(Arc<Buffer>, Saved)> {
+        let run = self.run(params.map_or_else(|| block.weights(), |params| self.layout.weights(params)));
         if !whole {
-            return Ok((self.block_forward(block, params, turns, b, x.clone())?, Saved::Input(x)));
+            return Ok((Arc::new(run.forward(turns, b, &x)?), Saved::Input(x)));
         }
-        let (y, whole) = self.run_on(block, params).forward_keep(turns, b, x)?;
+        let (y, whole) = run.forward_keep(turns, b, x)?;
         Ok((Arc::new(y), Saved::Whole(Box::new(whole))))
     }
 
