@@ -1,11 +1,12 @@
 //! Keys and values of one sequence in pages, and attention of single tokens over them.
 //!
-//! In a page the keys of a head lie transposed, so that the scores of a page's tokens are computed side by side; the
+//! In a page the keys of a head lie transposed in blocks of tokens, so that these tokens' scores are computed side by side; the
 //! values lie row after row. A token's result depends on its own pages only, in one order of operations.
 #![allow(unsafe_code)]
 
 use crate::Isa;
 use crate::attention::{Heads, exponentials, largest};
+use crate::memory::Buffer;
 use crate::simd::{Simd, dispatched};
 
 /// Tokens of a page: two of the widest vectors.
@@ -14,18 +15,17 @@ pub const PAGE_TOKENS: usize = 32;
 /// Heads of one key-value head that are computed side by side, so that what is loaded serves them all.
 const HEADS_TOGETHER: usize = 2;
 
-/// Keys `[kv head][dim][token]` and values `[kv head][token][dim]` of up to [`PAGE_TOKENS`] tokens.
+/// Tokens whose keys lie side by side. Blocks without tokens are not read.
+const BLOCK_TOKENS: usize = 16;
+
+/// Keys `[kv head][block][dim][token of the block]`, then values `[kv head][token][dim]`, of up to [`PAGE_TOKENS`] tokens.
 #[derive(Debug, Clone)]
-pub struct Page {
-    keys: Vec<f32>,
-    values: Vec<f32>,
-}
+pub struct Page(Buffer);
 
 impl Page {
     /// An empty page.
     pub fn new(heads: Heads) -> Self {
-        let len = heads.kv_heads * heads.dim * PAGE_TOKENS;
-        Self { keys: vec![0.0; len], values: vec![0.0; len] }
+        Self(Buffer::zeros(Self::bytes(heads) / 4))
     }
 
     /// Bytes of a page.
@@ -33,27 +33,41 @@ impl Page {
         8 * heads.kv_heads * heads.dim * PAGE_TOKENS
     }
 
+    fn keys(&self) -> &[f32] {
+        &self.0[..self.0.len() / 2]
+    }
+
+    fn values(&self) -> &[f32] {
+        &self.0[self.0.len() / 2..]
+    }
+
     /// Takes what another page holds, in its own memory.
     pub fn copy_from(&mut self, other: &Self) {
-        self.keys.copy_from_slice(&other.keys);
-        self.values.copy_from_slice(&other.values);
+        self.0.copy_from_slice(&other.0);
     }
 
     /// What attention over its first `tokens` tokens reads, piece by piece.
-    pub fn read(&self, heads: Heads, tokens: usize) -> impl Iterator<Item = &[f32]> {
-        let (own, len) = (heads.dim * PAGE_TOKENS, heads.dim * tokens.min(PAGE_TOKENS));
-        // The values of a full page lie one behind the other.
-        let (own, len) = if len == own { (self.values.len(), self.values.len()) } else { (own, len) };
-        std::iter::once(&*self.keys).chain(self.values.chunks(own.max(1)).map(move |values| &values[..len]))
+    pub fn read<'a>(&'a self, heads: Heads, tokens: usize) -> impl Iterator<Item = &'a [f32]> {
+        let (dim, full) = (heads.dim, tokens >= PAGE_TOKENS);
+        let (whole, keys, values) =
+            if full { (Some(&*self.0), &[][..], &[][..]) } else { (None, self.keys(), self.values()) };
+        let parts = move |numbers: &'a [f32], tokens: usize| {
+            numbers.chunks((dim * PAGE_TOKENS).max(1)).map(move |part| &part[..dim * tokens])
+        };
+        whole.into_iter().chain(parts(keys, tokens.next_multiple_of(BLOCK_TOKENS))).chain(parts(values, tokens))
     }
 
     /// Puts a token's keys and values, `[kv heads · dim]` each, into place `token`.
     pub fn put(&mut self, heads: Heads, token: usize, keys: &[f32], values: &[f32]) {
-        let dim = heads.dim;
-        let places = self.keys[token..].iter_mut().step_by(PAGE_TOKENS);
-        places.zip(keys).for_each(|(to, from)| *to = *from);
+        let (dim, half) = (heads.dim, self.0.len() / 2);
+        let (own_keys, own_values) = self.0.split_at_mut(half);
+        for (head, from) in keys.chunks_exact(dim).enumerate() {
+            let block = &mut part_mut(own_keys, head, dim)[token / BLOCK_TOKENS * BLOCK_TOKENS * dim..];
+            let places = block[token % BLOCK_TOKENS..].iter_mut().step_by(BLOCK_TOKENS);
+            places.zip(from).for_each(|(to, from)| *to = *from);
+        }
         for (head, from) in values.chunks_exact(dim).enumerate() {
-            self.values[(head * PAGE_TOKENS + token) * dim..][..dim].copy_from_slice(from);
+            part_mut(own_values, head, dim)[token * dim..][..dim].copy_from_slice(from);
         }
     }
 }
@@ -96,28 +110,45 @@ struct Seen<'a> {
 }
 
 impl<'a> Seen<'a> {
-    /// `[dim][token]` of a page.
+    /// `[block][dim][token of the block]` of a page.
     fn keys(&self, page: usize) -> &'a [f32] {
-        part(&self.pages[page].keys, self.kv_head, self.dim)
+        part(self.pages[page].keys(), self.kv_head, self.dim)
     }
 
     /// `[token][dim]` of a page.
     fn values(&self, page: usize) -> &'a [f32] {
-        part(&self.pages[page].values, self.kv_head, self.dim)
+        part(self.pages[page].values(), self.kv_head, self.dim)
     }
 
-    fn after_keys(&self, page: usize) -> &'a [f32] {
-        if page + 1 < self.pages.len() { self.keys(page + 1) } else { self.values(0) }
+    /// How many of a page's tokens there are.
+    fn tokens(&self, page: usize) -> usize {
+        self.len.saturating_sub(page * PAGE_TOKENS).min(PAGE_TOKENS)
     }
 
-    fn after_values(&self, page: usize) -> Option<&'a [f32]> {
-        if page + 1 < self.pages.len() { Some(self.values(page + 1)) } else { self.after }
+    /// What is read after a page's keys, and how many tokens of it.
+    fn after_keys(&self, page: usize) -> (&'a [f32], usize) {
+        let next = page + 1;
+        if next < self.pages.len() { (self.keys(next), self.tokens(next)) } else { (self.values(0), self.tokens(0)) }
+    }
+
+    /// As [`Seen::after_keys`], after a page's values.
+    fn after_values(&self, page: usize) -> (&'a [f32], usize) {
+        let next = page + 1;
+        match self.after {
+            _ if next < self.pages.len() => (self.values(next), self.tokens(next)),
+            Some(after) => (after, PAGE_TOKENS),
+            None => (&[], 0),
+        }
     }
 }
 
 /// One head's numbers of a page's keys or values.
 fn part(numbers: &[f32], kv_head: usize, dim: usize) -> &[f32] {
     &numbers[kv_head * dim * PAGE_TOKENS..][..dim * PAGE_TOKENS]
+}
+
+fn part_mut(numbers: &mut [f32], kv_head: usize, dim: usize) -> &mut [f32] {
+    &mut numbers[kv_head * dim * PAGE_TOKENS..][..dim * PAGE_TOKENS]
 }
 
 #[inline(always)]
@@ -134,8 +165,8 @@ fn attend_body<S: Simd>(
     let (dim, group) = (heads.dim, heads.heads / heads.kv_heads);
     for kv_head in 0..heads.kv_heads {
         let after = match next {
-            _ if kv_head + 1 < heads.kv_heads => Some(part(&pages[0].keys, kv_head + 1, dim)),
-            Some(page) => Some(part(&page.keys, 0, dim)),
+            _ if kv_head + 1 < heads.kv_heads => Some(part(pages[0].keys(), kv_head + 1, dim)),
+            Some(page) => Some(part(page.keys(), 0, dim)),
             None => None,
         };
         let seen = Seen { pages, len, dim, kv_head, after };
@@ -174,7 +205,8 @@ fn attend_heads<S: Simd, const HEADS: usize>(
     mix::<S, HEADS>(s, seen, scores, stride, &scales, out);
 }
 
-/// `∑ query · key` for every token of a page and every head; a head's scores are `stride` apart.
+/// `∑ query · key` for every token of a page and every head; a head's scores are `stride` apart, and those of tokens beyond
+/// the last hold anything.
 #[inline(always)]
 fn page_scores<S: Simd, const HEADS: usize>(
     s: S,
@@ -184,38 +216,71 @@ fn page_scores<S: Simd, const HEADS: usize>(
     to: &mut [f32],
     stride: usize,
 ) {
-    let (dim, keys, after) = (seen.dim, seen.keys(page), seen.after_keys(page).as_ptr());
-    // 32 tokens in steps of at most two vectors, each with two partial sums so that additions overlap.
-    let step = (2 * S::LANES).min(PAGE_TOKENS);
-    for first in (0..PAGE_TOKENS).step_by(step) {
-        let mut even = [[s.splat(0.0); 2]; HEADS];
-        let mut odd = [[s.splat(0.0); 2]; HEADS];
-        let mut at = first;
-        for d in (0..dim - dim % 2).step_by(2) {
-            for j in 0..2 {
-                let (low, high) = (at + j * S::LANES, at + PAGE_TOKENS + j * S::LANES);
-                let (x, y) = (s.get(&keys[low..]), s.get(&keys[high..]));
-                s.prefetch_once(after.wrapping_add(low));
-                s.prefetch_once(after.wrapping_add(high));
-                for h in 0..HEADS {
-                    even[h][j] = s.fma(s.splat(queries[h * dim + d]), x, even[h][j]);
-                    odd[h][j] = s.fma(s.splat(queries[h * dim + d + 1]), y, odd[h][j]);
-                }
-            }
-            at += 2 * PAGE_TOKENS;
+    let tokens = seen.tokens(page);
+    let mut first = 0;
+    while first < tokens {
+        if tokens - first > S::LANES {
+            token_scores::<S, HEADS, 2>(s, seen, page, first, queries, to, stride);
+            first += 2 * S::LANES;
+        } else {
+            token_scores::<S, HEADS, 1>(s, seen, page, first, queries, to, stride);
+            first += S::LANES;
         }
-        if !dim.is_multiple_of(2) {
-            for j in 0..2 {
-                let x = s.get(&keys[at + j * S::LANES..]);
-                for h in 0..HEADS {
-                    even[h][j] = s.fma(s.splat(queries[h * dim + dim - 1]), x, even[h][j]);
-                }
+    }
+}
+
+/// As [`page_scores`] for some vectors of tokens from the first on, each with two partial sums so that additions overlap.
+#[inline(always)]
+fn token_scores<S: Simd, const HEADS: usize, const VECTORS: usize>(
+    s: S,
+    seen: &Seen<'_>,
+    page: usize,
+    first: usize,
+    queries: &[f32],
+    to: &mut [f32],
+    stride: usize,
+) {
+    let (dim, keys) = (seen.dim, seen.keys(page));
+    let (after, after_tokens) = seen.after_keys(page);
+    // Two of them, so that what follows a page that is half empty is asked for as a whole.
+    let mut places = [0; 2];
+    // Where nothing is wanted, what is at hand is asked for.
+    let mut asked = [keys.as_ptr(); 2];
+    for (j, (place, asked)) in places.iter_mut().zip(&mut asked).enumerate() {
+        let (block, token) = ((first + j * S::LANES) / BLOCK_TOKENS, (first + j * S::LANES) % BLOCK_TOKENS);
+        *place = block * BLOCK_TOKENS * dim + token;
+        if block * BLOCK_TOKENS < after_tokens {
+            *asked = after.as_ptr().wrapping_add(*place);
+        }
+    }
+    let mut even = [[s.splat(0.0); VECTORS]; HEADS];
+    let mut odd = [[s.splat(0.0); VECTORS]; HEADS];
+    for d in (0..dim - dim % 2).step_by(2) {
+        let low = d * BLOCK_TOKENS;
+        let high = low + BLOCK_TOKENS;
+        for asked in &asked {
+            s.prefetch_once(asked.wrapping_add(low));
+            s.prefetch_once(asked.wrapping_add(high));
+        }
+        for j in 0..VECTORS {
+            let (x, y) = (s.get(&keys[places[j] + low..]), s.get(&keys[places[j] + high..]));
+            for h in 0..HEADS {
+                even[h][j] = s.fma(s.splat(queries[h * dim + d]), x, even[h][j]);
+                odd[h][j] = s.fma(s.splat(queries[h * dim + d + 1]), y, odd[h][j]);
             }
         }
-        for h in 0..HEADS {
-            for j in 0..2 {
-                s.put(&mut to[h * stride + first + j * S::LANES..], s.add(even[h][j], odd[h][j]));
+    }
+    if !dim.is_multiple_of(2) {
+        for j in 0..VECTORS {
+            let x = s.get(&keys[places[j] + (dim - 1) * BLOCK_TOKENS..]);
+            for h in 0..HEADS {
+                even[h][j] = s.fma(s.splat(queries[h * dim + dim - 1]), x, even[h][j]);
             }
+        }
+    }
+    for h in 0..HEADS {
+        for j in 0..VECTORS {
+            s.put(&mut to[h * stride + first + j * S::LANES..], s.add(even[h][j], odd[h][j]));
         }
     }
 }
@@ -267,11 +332,12 @@ fn mixed<S: Simd, const HEADS: usize, const VECTORS: usize>(
     let mut sums = [[s.splat(0.0); VECTORS]; HEADS];
     for page in 0..seen.pages.len() {
         let tokens = page * PAGE_TOKENS..seen.len.min((page + 1) * PAGE_TOKENS);
-        let after = seen.after_values(page).map_or(std::ptr::null(), <[f32]>::as_ptr);
+        let (after, after_tokens) = seen.after_values(page);
         for (row, (token, values)) in tokens.zip(seen.values(page).chunks_exact(dim)).enumerate() {
+            let asked = if row < after_tokens { after.as_ptr().wrapping_add(row * dim) } else { values.as_ptr() };
             for j in 0..VECTORS {
                 let value = s.get(&values[first + j * S::LANES..]);
-                s.prefetch_once(after.wrapping_add(row * dim + first + j * S::LANES));
+                s.prefetch_once(asked.wrapping_add(first + j * S::LANES));
                 for h in 0..HEADS {
                     sums[h][j] = s.fma(s.splat(weights[h * stride + token]), value, sums[h][j]);
                 }
@@ -318,6 +384,23 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn what_is_read_holds_every_token_and_little_else() {
+        let heads = Heads { heads: 4, kv_heads: 2, dim: 6 };
+        let width = heads.kv_heads * heads.dim;
+        let mut page = Page::new(heads);
+        for token in 0..PAGE_TOKENS {
+            let (key, value) = (2.0 * token as f32 + 1.0, 2.0 * token as f32 + 2.0);
+            page.put(heads, token, &vec![key; width], &vec![value; width]);
+            let read: Vec<f32> = page.read(heads, token + 1).flatten().copied().filter(|x| *x > 0.0).collect();
+            for seen in 1..=2 * token + 2 {
+                assert_eq!(read.iter().filter(|x| **x == seen as f32).count(), width, "{seen} of {token}");
+            }
+            let len: usize = page.read(heads, token + 1).map(<[f32]>::len).sum();
+            assert!(len <= width * (2 * (token + 1) + BLOCK_TOKENS - 1));
         }
     }
 }
