@@ -15,6 +15,7 @@ use crate::model::{Decoder, HeadLoss, Model, ModelConfig, ParamSpec, Updater, We
 use crate::{EngineError, Result};
 
 mod decoder;
+pub mod footprint;
 mod groups;
 pub(crate) mod tile;
 mod update;

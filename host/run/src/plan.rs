@@ -5,14 +5,14 @@ use cosmos_broker::wire::native::{WireFloats, bytes_per_token};
 use cosmos_config::{Config, Dtype, UpdateInBackward, WireDtype};
 use cosmos_controller::Plan as RunPlan;
 use cosmos_engine::model::ModelConfig;
-use cosmos_engine::walker::{KEPT_BYTES_MAX, SECOND_FORM_BYTES_MAX};
+use cosmos_engine::walker::{KEPT_BYTES_MAX, footprint};
 use serde::Serialize;
 
 use crate::choose::Weighted;
 use crate::mixture::Mixture;
 use crate::offers::{OfferRole, Offered};
 use crate::plugins::Plugins;
-use crate::shards::is_native;
+use crate::shards::{is_native, rollout_format, teacher_format};
 use crate::teachers::TeacherSpec;
 
 /// The plan of a run.
@@ -221,6 +221,14 @@ fn updates_in_backward(config: &Config, ranks: u64) -> bool {
         && is_native(config)
 }
 
+/// Bytes of a teacher's weights; elsewhere than on the CPU its master values and the engine's copy of them.
+fn teacher_bytes(config: &Config, teacher: &ModelConfig) -> u64 {
+    match is_native(config) {
+        true => footprint::scoring_bytes(teacher, teacher_format(config)),
+        false => 2 * F32 * teacher.parameter_count(),
+    }
+}
+
 impl Plan {
     /// Works the plan out from the configuration and the models' shapes; a policy has `ranks` ranks.
     pub fn new(
@@ -238,14 +246,19 @@ impl Plan {
         let training_tokens = mini_batch * context.min(response * 2);
         let parameters = student.parameter_count();
         let gradients = !updates_in_backward(config, ranks * plan.policy_replicas);
-        // Training on the CPU reads the masters; what writes completions, validation too, reads a copy in panels.
-        let copied = kind != "sft" || validation_prompts > 0 || !is_native(config);
+        // The copy that the engine computes with. Training on the CPU reads the masters; what writes completions, validation
+        // too, reads a copy in panels.
+        let copy = match (is_native(config), kind != "sft" || validation_prompts > 0) {
+            (false, _) => parameters * F32,
+            (true, true) => footprint::decoded_bytes(student, rollout_format(config)),
+            (true, false) => 0,
+        };
         let mut memory = vec![RoleMemory {
             role: "student",
             name: None,
             parameters,
-            // Master values, two moments, gradients, and the copy that the engine computes with.
-            weights_bytes: parameters * F32 * (3 + u64::from(gradients) + u64::from(copied)),
+            // Master values, two moments, gradients, and the copy.
+            weights_bytes: parameters * F32 * (3 + u64::from(gradients)) + copy,
             gradients,
             activations_bytes: training_tokens * (student.hidden_size * (student.num_hidden_layers + 1)) as u64 * F32
                 + (training_tokens * (student.kept_width() * student.num_hidden_layers) as u64 * F32)
@@ -267,13 +280,11 @@ impl Plan {
         for spec in teachers {
             let teacher = &spec.config;
             let parameters = teacher.parameter_count();
-            // Scoring with a large model on the CPU reads the masters too.
-            let copied = !is_native(config) || parameters * F32 <= SECOND_FORM_BYTES_MAX as u64;
             memory.push(RoleMemory {
                 role: "teacher",
                 name: (teachers.len() > 1).then(|| spec.name.clone()),
                 parameters,
-                weights_bytes: parameters * F32 * (1 + u64::from(copied)),
+                weights_bytes: teacher_bytes(config, teacher),
                 gradients: false,
                 activations_bytes: spec.wanted.mini_batch as u64
                     * context.min(response * 2)
@@ -421,4 +432,36 @@ fn bytes(n: u64) -> String {
         value /= 1024.0;
     }
     format!("{value:.1} TiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use cosmos_config::ConfigFile;
+
+    use super::*;
+
+    #[test]
+    fn a_teacher_weighs_what_its_format_says() {
+        let weighs = |text: &str, teacher: &ModelConfig| {
+            let config = ConfigFile::parse("run.toml", &format!("[train]\n{text}"))
+                .unwrap()
+                .resolve("20260102030405")
+                .unwrap()
+                .config;
+            teacher_bytes(&config, teacher) as f64 / teacher.parameter_count() as f64
+        };
+        let small = ModelConfig::from_folder(&cosmos_testkit::repo_root().join("configs/quickstart/student")).unwrap();
+        let large = ModelConfig { num_hidden_layers: 4000, ..small.clone() };
+        // A large one is scored with as it is; a small one, and any on another device, has a copy to compute with.
+        let bf16 = "[distillation]\nmaster_dtype = \"bfloat16\"\n";
+        for (text, teacher, expected) in [
+            ("", &small, 8.0),
+            ("", &large, 4.0),
+            (bf16, &large, 2.0),
+            ("[host]\ndevice = \"burn:flex\"\n", &large, 8.0),
+        ] {
+            let found = weighs(text, teacher);
+            assert!((found / expected - 1.0).abs() < 0.01, "{text}: {found} bytes a parameter instead of {expected}");
+        }
+    }
 }

@@ -372,6 +372,36 @@ fn scoring_needs_no_second_form_of_the_weights() {
 }
 
 #[test]
+fn what_scoring_holds_is_known_before() {
+    for (tie, second_form_bytes_max) in [(true, SECOND_FORM_BYTES_MAX), (false, SECOND_FORM_BYTES_MAX), (false, 0)] {
+        let text = format!(
+            r#"{{"model_type": "qwen3", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128,
+            "tie_word_embeddings": {tie}}}"#
+        );
+        let config = ModelConfig::from_json(&text, Path::new("config.json")).unwrap();
+        let rows = sequences(&[37, 5], config.vocab_size);
+        let batch = batch(&rows);
+        let formats = [false, true].map(|head| WeightFormat::Int8 { head });
+        for format in [WeightFormat::F32, WeightFormat::Bf16].into_iter().chain(formats) {
+            let engine = CpuEngine::new(config.clone()).in_format(format).unwrap();
+            let mut model = Transformer::from_source(engine, &mut |_, _, to| {
+                to.fill(0.01);
+                Ok(())
+            })
+            .unwrap();
+            model.second_form_bytes_max = second_form_bytes_max;
+            let hidden_rh = model.hidden_rh(&batch, &positions(&batch)).unwrap();
+            model.head_logits_rv(&hidden_rh, &mut Vec::new()).unwrap();
+            let held = (model.params_bytes() + model.device_bytes()) as f64;
+            let said = footprint::scoring_bytes_with(&config, format, second_form_bytes_max) as f64;
+            // Norms are held as they are, beside their place in what is said.
+            assert!((held / said - 1.0).abs() < 0.01, "{format}, tied {tie}: {said} said, {held} held");
+        }
+    }
+}
+
+#[test]
 fn devices_are_refused_with_a_way_out() {
     for (device, needle) in
         [("cuda:0", "not there yet"), ("burn:tpu", "no such device"), ("burn:cuda:x", "no such device")]
