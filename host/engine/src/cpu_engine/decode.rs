@@ -122,10 +122,10 @@ impl CpuEngine {
                             found = self.attend_asked(next_kv, coming);
                         }
                     };
-                    let x = ahead::along(&mut work, || finish(&run, &own, then));
+                    let x = ahead::along(&mut work, || finish(&run, own, then));
                     found.and(x)
                 }
-                _ => finish(&run, &own, then),
+                _ => finish(&run, own, then),
             }?;
         }
         let mut all = Buffer::dirty(streams.iter().map(|x| x.len()).sum());
@@ -253,13 +253,13 @@ fn groups(rows: usize, single: bool) -> Vec<Range<usize>> {
 }
 
 /// The rest of a block after the attention; `then` is the matrix of the product after those of this.
-fn finish(run: &Run<'_>, own: &Attending, then: Factor<'_>) -> Result<Buffer> {
+fn finish(run: &Run<'_>, own: Attending, then: Factor<'_>) -> Result<Buffer> {
     run.weights.gate_up.weight.follows();
-    let z = run.add_projected(run.weights.o, &own.mixed, &own.x)?;
+    let z = run.add_projected(run.weights.o, &own.mixed, own.x)?;
     run.weights.down.weight.follows();
     let gate_up = run.gate_up(&z);
     then.follows();
-    run.finish(&z, &gate_up)
+    run.finish(z, &gate_up)
 }
 
 /// The rows `wanted` of some that are `width` wide.

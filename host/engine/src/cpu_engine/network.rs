@@ -125,7 +125,7 @@ impl Run<'_> {
     }
 
     /// `stream + x · Wᵀ + b`; the product is a sum over tensor parallel ranks.
-    pub fn add_projected(&self, to: Projection<'_>, x: &[f32], stream: &[f32]) -> Result<Buffer> {
+    pub fn add_projected(&self, to: Projection<'_>, x: &[f32], stream: Buffer) -> Result<Buffer> {
         let Projection { weight, n, k, .. } = to;
         let shape = Shape { m: x.len() / k, n, k };
         let product = |y: &mut Buffer, add: bool| weight.product(self.isa, shape, x, y, add);
@@ -143,12 +143,11 @@ impl Run<'_> {
     }
 
     /// `stream + b`.
-    pub fn biased(&self, to: Projection<'_>, stream: &[f32]) -> Buffer {
-        let mut y = Buffer::of(stream);
+    pub fn biased(&self, to: Projection<'_>, mut stream: Buffer) -> Buffer {
         if let Some(bias) = to.bias {
-            y.chunks_exact_mut(to.n).for_each(|row| rows::add(self.isa, row, bias));
+            stream.chunks_exact_mut(to.n).for_each(|row| rows::add(self.isa, row, bias));
         }
-        y
+        stream
     }
 
     pub fn norm(&self, x: &[f32], weight: &[f32]) -> Buffer {
@@ -195,7 +194,7 @@ impl Run<'_> {
     }
 
     /// The block's output, from the stream after the attention and gate and up.
-    pub fn finish(&self, z: &[f32], gate_up: &[f32]) -> Result<Buffer> {
+    pub fn finish(&self, z: Buffer, gate_up: &[f32]) -> Result<Buffer> {
         let mut inner = Buffer::dirty(gate_up.len() / 2);
         rows::swiglu(self.isa, gate_up, self.layout.inner, &mut inner);
         self.add_projected(self.weights.down, &inner, z)
@@ -246,13 +245,16 @@ impl Run<'_> {
     pub fn forward(&self, turns: &Turns, b: usize, x: &[f32]) -> Result<Buffer> {
         // What else the attention leaves is for a backward.
         let Attended { z, .. } = self.attended(turns, b, x)?;
-        self.finished_in_parts(&z).map_or_else(|| self.finish(&z, &self.gate_up(&z)), Ok)
+        self.finished_in_parts(z).or_else(|z| {
+            let gate_up = self.gate_up(&z);
+            self.finish(z, &gate_up)
+        })
     }
 
     /// The block over `b` sequences, and what backward needs of it.
     pub fn forward_keep(&self, turns: &Turns, b: usize, x: Arc<Buffer>) -> Result<(Buffer, Whole)> {
         let whole = self.forward_whole(turns, b, x)?;
-        Ok((self.finish(&whole.z, &whole.gate_up)?, whole))
+        Ok((self.finish(whole.z.clone(), &whole.gate_up)?, whole))
     }
 
     /// What backward needs of the block over `b` sequences, without its output.
@@ -270,7 +272,7 @@ impl Run<'_> {
         let qkv = self.turned(&raw, turns, |row| first + row % t);
         let (mixed, log_sums) = self.attend(b, t, &qkv)?;
         drop(qkv);
-        let z = self.add_projected(self.weights.o, &mixed, x)?;
+        let z = self.add_projected(self.weights.o, &mixed, Buffer::of(x))?;
         Ok(Attended { raw, mixed, log_sums, z })
     }
 

@@ -54,14 +54,14 @@ impl Run<'_> {
         gate_up.zip(down).filter(|_| wanted)
     }
 
-    /// The block's output from the stream after the attention, in parts; none where it goes in one.
-    pub fn finished_in_parts(&self, z: &[f32]) -> Option<Buffer> {
+    /// The block's output from the stream after the attention, in parts; that stream where it goes in one.
+    pub fn finished_in_parts(&self, z: Buffer) -> std::result::Result<Buffer, Buffer> {
         let (h, f) = (self.layout.hidden, self.layout.inner);
-        let (gate_up, down) = self.masters_in_parts()?;
-        let z_normed = self.norm(z, self.weights.post_norm);
+        let Some((gate_up, down)) = self.masters_in_parts() else { return Err(z) };
+        let z_normed = self.norm(&z, self.weights.post_norm);
         let mut y = self.biased(self.weights.down, z);
         for columns in column_parts(f) {
-            let shape = Shape { m: z.len() / h, n: h, k: columns.len() };
+            let shape = Shape { m: y.len() / h, n: h, k: columns.len() };
             let gate_up = self.gate_up_part(gate_up, &columns, &z_normed);
             let mut inner = Buffer::dirty(shape.m * shape.k);
             rows::swiglu(self.isa, &gate_up, shape.k, &mut inner);
@@ -69,7 +69,7 @@ impl Run<'_> {
             let (left, right) = (Left::Rows(&inner, shape.k), Right::Columns(&down[columns.start..], f));
             gemm(self.isa, shape, left, right, &mut y, h, true);
         }
-        Some(y)
+        Ok(y)
     }
 
     /// Some columns of gate and the same of up, `[n, 2, columns]`; `weights` are all rows of both.
