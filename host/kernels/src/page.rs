@@ -62,9 +62,9 @@ impl Page {
         let (dim, half) = (heads.dim, self.0.len() / 2);
         let (own_keys, own_values) = self.0.split_at_mut(half);
         for (head, from) in keys.chunks_exact(dim).enumerate() {
-            let block = &mut part_mut(own_keys, head, dim)[token / BLOCK_TOKENS * BLOCK_TOKENS * dim..];
-            let places = block[token % BLOCK_TOKENS..].iter_mut().step_by(BLOCK_TOKENS);
-            places.zip(from).for_each(|(to, from)| *to = *from);
+            let (rows, _) = part_mut(own_keys, head, dim).as_chunks_mut::<BLOCK_TOKENS>();
+            let rows = &mut rows[token / BLOCK_TOKENS * dim..][..dim];
+            rows.iter_mut().zip(from).for_each(|(row, from)| row[token % BLOCK_TOKENS] = *from);
         }
         for (head, from) in values.chunks_exact(dim).enumerate() {
             part_mut(own_values, head, dim)[token * dim..][..dim].copy_from_slice(from);
@@ -255,15 +255,22 @@ fn token_scores<S: Simd, const HEADS: usize, const VECTORS: usize>(
     }
     let mut even = [[s.splat(0.0); VECTORS]; HEADS];
     let mut odd = [[s.splat(0.0); VECTORS]; HEADS];
+    assert!(queries.len() >= HEADS * dim && dim > 0);
+    for place in &places[..VECTORS] {
+        assert!(place + (dim - 1) * BLOCK_TOKENS + S::LANES <= keys.len());
+    }
+    let at = keys.as_ptr();
     for d in (0..dim - dim % 2).step_by(2) {
-        let low = d * BLOCK_TOKENS;
-        let high = low + BLOCK_TOKENS;
         for asked in &asked {
-            s.prefetch_once(asked.wrapping_add(low));
-            s.prefetch_once(asked.wrapping_add(high));
+            s.prefetch_once(asked.wrapping_add(d * BLOCK_TOKENS));
+            s.prefetch_once(asked.wrapping_add((d + 1) * BLOCK_TOKENS));
         }
         for j in 0..VECTORS {
-            let (x, y) = (s.get(&keys[places[j] + low..]), s.get(&keys[places[j] + high..]));
+            // SAFETY: the vectors of all of `dim` were checked above.
+            let (x, y) = unsafe {
+                let low = at.add(places[j] + d * BLOCK_TOKENS);
+                (s.load(low), s.load(low.add(BLOCK_TOKENS)))
+            };
             for h in 0..HEADS {
                 even[h][j] = s.fma(s.splat(queries[h * dim + d]), x, even[h][j]);
                 odd[h][j] = s.fma(s.splat(queries[h * dim + d + 1]), y, odd[h][j]);
@@ -272,7 +279,8 @@ fn token_scores<S: Simd, const HEADS: usize, const VECTORS: usize>(
     }
     if !dim.is_multiple_of(2) {
         for j in 0..VECTORS {
-            let x = s.get(&keys[places[j] + (dim - 1) * BLOCK_TOKENS..]);
+            // SAFETY: as above.
+            let x = unsafe { s.load(at.add(places[j] + (dim - 1) * BLOCK_TOKENS)) };
             for h in 0..HEADS {
                 even[h][j] = s.fma(s.splat(queries[h * dim + dim - 1]), x, even[h][j]);
             }
